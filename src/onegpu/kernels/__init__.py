@@ -1,0 +1,21 @@
+"""The few operators of the project: quantized products, and quantizing itself, on CPU and GPU."""
+
+from __future__ import annotations
+
+from onegpu.kernels.ops import (
+    dequantize_4bit,
+    linear_4bit,
+    linear_8bit,
+    quantize_4bit,
+    quantize_8bit_rows,
+    why_not_triton,
+)
+
+__all__ = [
+    "dequantize_4bit",
+    "linear_4bit",
+    "linear_8bit",
+    "quantize_4bit",
+    "quantize_8bit_rows",
+    "why_not_triton",
+]
