@@ -1,0 +1,139 @@
+"""Linear layers over quantized weights: the stored state and one operator call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onegpu.kernels import linear_4bit, linear_8bit
+from onegpu.nn.state import (
+    NESTED,
+    WeightSpec,
+    apply_as_bytes,
+    dequantize_weight,
+    dtype_named,
+    hidden,
+    meta_state,
+    stored,
+)
+
+__all__ = ["QuantLinear", "QuantLinear4bit", "QuantLinear8bit"]
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer whose weight is stored in 4 or 8 bit; a subclass of `nn.Linear` so that PEFT and others know it.
+
+    Args:
+        spec: shape [out_features, in_features] and format of the stored weight.
+        bias: whether there is one; kept in the model's dtype.
+        compute_dtype: dtype of the product; None computes in the dtype of the input.
+        source_cls: the class this layer replaced, so that dequantizing gives that class back.
+
+    The weight and its scales are created on the meta device and set by loading; they take no gradient. Moving the
+    module moves them as bytes: `.half()` and `.to(dtype)` change the bias only.
+    """
+
+    spec: WeightSpec
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        spec: WeightSpec,
+        *,
+        bias: bool,
+        bias_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        source_cls: type[nn.Module] = nn.Linear,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight in full
+        self.spec = spec
+        self.out_features, self.in_features = spec.shape
+        self.compute_dtype = compute_dtype
+        self.source_cls = source_cls
+        for name, tensor in meta_state(spec).items():
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor)
+        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=bias_dtype, device="meta")) if bias else None
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Tensor], spec: WeightSpec, bias: Tensor | None = None, **options: Any
+    ) -> QuantLinear:
+        """A ready layer from the tensors that `quantize_weight` gives."""
+        layer = cls(spec, bias=bias is not None, **options)
+        layer.set_state(state)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
+        return layer
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The stored tensors by name, codes first."""
+        return dict(stored(self, ("weight", *self.spec.companions)))
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Take the stored tensors as they are."""
+        for name, tensor in state.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out_features, in_features] in `dtype`, by default the one it had before quantization."""
+        return dequantize_weight(self.state, self.spec, dtype or dtype_named(self.spec.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        state = self.state
+        with hidden(self, tuple(state)):
+            super()._apply(fn, recurse)
+        self.set_state({name: apply_as_bytes(fn, tensor) for name, tensor in state.items()})
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quant_type={self.spec.quant_type}, blocksize={self.spec.blocksize}, compute_dtype={self.compute_dtype}"
+        )
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw: the weight comes from a checkpoint."""
+
+
+class QuantLinear4bit(QuantLinear):
+    """NF4 or FP4 weights (QLoRA, arXiv 2305.14314, section 3): x [..., in] -> [..., out] in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or x.dtype
+        bias = self.bias if self.bias is None else self.bias.to(dtype)
+        spec = self.spec
+        y = linear_4bit(
+            x.to(dtype),
+            self.weight.view(torch.uint8).view(-1),
+            self.absmax,
+            bias,
+            self.out_features,
+            spec.quant_type,
+            spec.blocksize,
+            *((getattr(self, name) for name in NESTED) if spec.nested else ()),
+        )
+        return y.to(x.dtype)
+
+
+class QuantLinear8bit(QuantLinear):
+    """LLM.int8() weights (arXiv 2208.07339): int8 rows, outlier columns of x in 16 bit; x [..., in] -> [..., out].
+
+    `threshold` is the magnitude from which a value of x makes its column an outlier; 0 for none. Which columns are
+    outliers is decided over all rows of one call, so a row's result can depend on its neighbours in the batch.
+    """
+
+    def __init__(self, spec: WeightSpec, *, threshold: float = 6.0, **options: Any) -> None:
+        super().__init__(spec, **options)
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or x.dtype
+        bias = self.bias if self.bias is None else self.bias.to(dtype)
+        return linear_8bit(x.to(dtype), self.weight, self.row_stats, bias, self.threshold).to(x.dtype)

@@ -1,0 +1,198 @@
+"""The stored state of one quantized weight: which tensors, under which names, of what shape and dtype.
+
+A module keeps the codes and scales as they are on disk and never changes them; what a kernel wants in another layout
+lives in a cache beside them. Two forms share this page: 4 bit (codes, absmax, with double quantization three more) and
+8 bit (codes, row_stats).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from onegpu.config import NESTED_BLOCKSIZE, QuantConfig
+from onegpu.formats import NestedAbsmax, dequantize_rows, quantize_absmax, quantize_rows, view_storage
+from onegpu.kernels import dequantize_4bit, quantize_4bit
+
+__all__ = [
+    "NESTED",
+    "WeightSpec",
+    "apply_as_bytes",
+    "dequantize_weight",
+    "dtype_named",
+    "hidden",
+    "meta_state",
+    "nested_of",
+    "quantize_weight",
+    "stored",
+]
+
+NESTED = ("nested_absmax", "nested_code", "nested_offset")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype called `name` ("bfloat16"), as configs and checkpoints spell it."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """What is known of a quantized weight before its bytes are there.
+
+    `shape` is the weight's own shape, [out, in] or [experts, rows, columns]; `dtype` the name of the dtype it had when
+    it was quantized. `nested` says that the scales are quantized again (double quantization).
+    """
+
+    quant_type: str
+    shape: tuple[int, ...]
+    dtype: str
+    blocksize: int = 64
+    nested: bool = False
+    quant_storage: str = "uint8"
+
+    @classmethod
+    def of(cls, config: QuantConfig, shape: tuple[int, ...], dtype: torch.dtype) -> WeightSpec:
+        """The spec of a weight of this shape and dtype, quantized as `config` says."""
+        return cls(
+            config.quant_type,
+            tuple(shape),
+            str(dtype).removeprefix("torch."),
+            config.blocksize,
+            config.double_quant and config.quant_type != "int8",
+            config.quant_storage,
+        )
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def num_experts(self) -> int:
+        """Leading dimension of a stacked 3-D weight, 1 for a plain one."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Names of the tensors stored beside the codes."""
+        if self.quant_type == "int8":
+            return ("row_stats",)
+        return ("absmax", *NESTED) if self.nested else ("absmax",)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every stored tensor; the codes are called "weight"."""
+        if self.quant_type == "int8":
+            return {"weight": (self.shape, torch.int8), "row_stats": (self.shape[:-1], torch.float32)}
+        num_bytes = (self.numel + 1) // 2
+        num_blocks = -(-self.numel // self.blocksize)
+        storage = dtype_named(self.quant_storage)
+        stored = {
+            "weight": ((num_bytes // storage.itemsize, 1), storage),
+            "absmax": ((num_blocks,), torch.uint8 if self.nested else torch.float32),
+        }
+        if self.nested:
+            stored["nested_absmax"] = ((-(-num_blocks // NESTED_BLOCKSIZE),), torch.float32)
+            stored["nested_code"] = ((256,), torch.float32)
+            stored["nested_offset"] = ((), torch.float32)
+        return stored
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
+
+
+def meta_state(spec: WeightSpec) -> dict[str, Tensor]:
+    """Every stored tensor with its shape and dtype and no memory."""
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in spec.tensors().items()}
+
+
+def quantize_weight(
+    weight: Tensor, spec: WeightSpec, *, scale_search: bool = False, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Quantize `weight` as `spec` says, on `device` (default: where it is); the tensors of `spec.tensors()`.
+
+    A stacked weight goes to the device and through the quantizer one expert at a time, so that blocks never straddle
+    experts and no more than one of them is on the device in 16 bit.
+    """
+    device = weight.device if device is None else device
+    parts = weight if spec.num_experts > 1 or len(spec.shape) == 3 else weight.unsqueeze(0)
+    if spec.quant_type == "int8":
+        rows = [quantize_rows(part.to(device)) for part in parts]
+        return {
+            "weight": torch.cat([row.codes for row in rows]).view(spec.shape),
+            "row_stats": torch.cat([row.row_stats for row in rows]).view(spec.shape[:-1]),
+        }
+    if parts.shape[0] == 1:
+        packed, absmax = quantize_4bit(parts[0].to(device), spec.quant_type, spec.blocksize, scale_search)
+    else:
+        done = [quantize_4bit(part.to(device), spec.quant_type, spec.blocksize, scale_search) for part in parts]
+        packed, absmax = torch.cat([p for p, _ in done]), torch.cat([a for _, a in done])
+    state = {"weight": view_storage(packed, dtype_named(spec.quant_storage)), "absmax": absmax}
+    if spec.nested:
+        nested = quantize_absmax(absmax)
+        state.update(zip(("absmax", *NESTED), nested, strict=True))
+    return state
+
+
+def dequantize_weight(state: dict[str, Tensor], spec: WeightSpec, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, of shape `spec.shape`: one float32 product per weight, rounded once."""
+    codes = state["weight"]
+    if spec.quant_type == "int8":
+        flat = dequantize_rows(codes.reshape(-1, spec.shape[-1]), state["row_stats"].reshape(-1), dtype)
+        return flat.view(spec.shape)
+    nested = {name: state[name] for name in NESTED} if spec.nested else {}
+    return dequantize_4bit(
+        codes.view(torch.uint8).view(-1),
+        state["absmax"],
+        list(spec.shape),
+        dtype,
+        spec.quant_type,
+        spec.blocksize,
+        **nested,
+    )
+
+
+def nested_of(state: dict[str, Tensor]) -> NestedAbsmax:
+    """The double-quantized scales of a state that has them."""
+    return NestedAbsmax(*(state[name] for name in ("absmax", *NESTED)))
+
+
+def apply_as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply a move to `tensor` as raw bytes: a device changes, a dtype never does.
+
+    `Module.half()` and `.to(dtype)` cast whatever is floating; scales and codes kept in a floating storage dtype would
+    be destroyed by that.
+    """
+    as_bytes = tensor.reshape(-1).view(torch.uint8)
+    moved = fn(as_bytes)
+    return tensor if moved is as_bytes else moved.view(tensor.dtype).view(tensor.shape)
+
+
+@contextmanager
+def hidden(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Take the named parameters and buffers out of the module for a while, so that `Module._apply` passes them by."""
+    kept_parameters = {name: module._parameters[name] for name in names if name in module._parameters}
+    kept_buffers = {name: module._buffers[name] for name in names if name in module._buffers}
+    module._parameters.update(dict.fromkeys(kept_parameters))
+    module._buffers.update(dict.fromkeys(kept_buffers))
+    try:
+        yield
+    finally:
+        module._parameters.update(kept_parameters)
+        module._buffers.update(kept_buffers)
+
+
+def stored(module: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of those `names` that are registered on the module."""
+    for name in names:
+        tensor = getattr(module, name, None)
+        if isinstance(tensor, Tensor):
+            yield name, tensor
