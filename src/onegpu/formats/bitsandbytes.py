@@ -322,14 +322,17 @@ def _shape(value: Any, name: str) -> tuple[int, ...]:
 
 def _offset(fields: dict[str, Any], name: str) -> float:
     value = fields.get("nested_offset")
-    single = _as_float32(value) if type(value) in (int, float) else math.nan
+    single = _as_float32(value)
     if not math.isfinite(single):
         got = repr(value)[:80] if "nested_offset" in fields else "nothing"
         _refuse(name, f"its nested_offset must be a finite float32, got {got}")
     return single
 
 
-def _as_float32(value: float) -> float:
+def _as_float32(value: object) -> float:
+    """A JSON number rounded to float32; NaN for anything else, infinity beyond its range."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return math.nan
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
@@ -378,7 +381,7 @@ def _check_codebook(name: str, quant_map: Tensor, quant_type: str) -> None:
     key = f"{name}.quant_map"
     _check_tensor(key, quant_map, torch.float32, 16)
     # By value, not bit: the two zeros of FP4 may differ in sign.
-    if not torch.equal(quant_map, codebook(quant_type, quant_map.device)):
+    if not quant_map.is_meta and not torch.equal(quant_map, codebook(quant_type, quant_map.device)):
         raise CheckpointError(
             f"tensor {key!r} is not the {quant_type} codebook",
             "another table was used to quantize; dequantize with the program that wrote it",
@@ -391,7 +394,7 @@ def _check_weight_format(key: str, tensors: Mapping[str, Tensor]) -> None:
     value = tensors[key]
     if value.dtype != torch.uint8 or value.numel() != 1:
         _refuse(key, f"expected one uint8, got {_describe(value)}")
-    number = int(value.reshape(()))
+    number = 0 if value.is_meta else int(value.reshape(()))
     if number != 0:
         layout = _TILED_FORMATS.get(number, "unknown")
         raise CheckpointError(
