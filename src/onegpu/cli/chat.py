@@ -1,0 +1,96 @@
+"""`onegpu chat MODEL`: a conversation that keeps its history."""
+
+from __future__ import annotations
+
+import sys
+
+from onegpu.cli.options import (
+    Device,
+    DoubleQuant,
+    MaxNewTokens,
+    Model,
+    QuantizationOption,
+    RemoteCode,
+    Sampling,
+    ScaleSearch,
+    Seed,
+    System,
+    Temperature,
+    TopP,
+    quant_config,
+)
+from onegpu.cli.run import to_stdout
+
+__all__ = ["chat"]
+
+COMMANDS = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+
+
+def chat(
+    model: Model,
+    quantization: QuantizationOption = None,
+    double_quant: DoubleQuant = False,
+    scale_search: ScaleSearch = False,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    device: Device = "auto",
+    system: System = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Talk with a model. Questions come from stdin, answers go to stdout."""
+    from onegpu.cli.console import say
+    from onegpu.cli.models import ModelName, load
+    from onegpu.errors import UnsupportedError
+
+    config = quant_config(quantization, double_quant, scale_search)
+    chosen = quantization is not None or double_quant or scale_search
+    loaded = load(ModelName.parse(model), config, chosen=chosen, device=device, trust_remote_code=trust_remote_code)
+    if not loaded.tokenizer.chat_template:
+        raise UnsupportedError(f"{model} has no chat template, so it cannot hold a conversation", "use `onegpu run`")
+    say(COMMANDS)
+    converse(loaded, Sampling(max_new_tokens, temperature, top_p, seed), system)
+
+
+def converse(loaded: object, sampling: Sampling, system: str | None) -> None:
+    """Question, answer, question, until the questions end."""
+    from onegpu.cli.answer import Message, answer
+    from onegpu.cli.console import say, say_error
+    from onegpu.cli.models import Loaded
+    from onegpu.errors import ConfigError
+
+    assert isinstance(loaded, Loaded)
+    opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    history = list(opening)
+    while (question := next_question()) is not None:
+        if question in ("/exit", "/quit"):
+            return
+        if question == "/reset":
+            history = list(opening)
+            say("the conversation is forgotten")
+        elif question.startswith("/"):
+            say(COMMANDS)
+        elif question:
+            asked = [*history, {"role": "user", "content": question}]
+            try:
+                given = answer(loaded, asked, sampling, to_stdout)
+            except ConfigError as error:
+                say_error(error.message, "/reset starts anew")
+                continue
+            to_stdout("\n")
+            history = [*asked, {"role": "assistant", "content": given.text}]
+
+
+def next_question() -> str | None:
+    """One line, with line editing at a terminal; None at the end. Ctrl-C gives the line up."""
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        import readline  # noqa: F401  (gives input() its line history)
+    try:
+        return input(">>> " if at_terminal else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        to_stdout("\n")
+        return ""
