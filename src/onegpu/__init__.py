@@ -10,8 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onegpu.compat import install, uninstall
     from onegpu.config import QuantConfig
     from onegpu.errors import OneGpuError
+    from onegpu.optimize import optimize, restore
+    from onegpu.report import report
 
 __version__ = "0.1.0"
 
@@ -56,6 +59,11 @@ _HOMES = {
     **dict.fromkeys(_AUTO_CLASSES, "onegpu.loading.auto"),
     "OneGpuError": "onegpu.errors",
     "QuantConfig": "onegpu.config",
+    "install": "onegpu.compat",
+    "optimize": "onegpu.optimize",
+    "report": "onegpu.report",
+    "restore": "onegpu.optimize",
+    "uninstall": "onegpu.compat",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604

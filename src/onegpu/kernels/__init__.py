@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onegpu.kernels.choice import kernel_for
 from onegpu.kernels.ops import (
     dequantize_4bit,
     linear_4bit,
@@ -13,6 +14,7 @@ from onegpu.kernels.ops import (
 
 __all__ = [
     "dequantize_4bit",
+    "kernel_for",
     "linear_4bit",
     "linear_8bit",
     "quantize_4bit",

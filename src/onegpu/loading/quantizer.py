@@ -26,7 +26,7 @@ from onegpu.loading.checkpoint import open_checkpoint
 from onegpu.loading.ops import DeserializeExperts, DeserializeLinear, LoadAborted, QuantizeOnLoad
 from onegpu.loading.options import bitsandbytes_config, quant_config
 from onegpu.loading.placement import announce_offload, check_fits, device_in
-from onegpu.loading.saving import AtomicSave, disk_state
+from onegpu.loading.saving import atomic_class, disk_state, plain_class
 from onegpu.nn import Conversion, QuantExperts, QuantLinear, WeightSpec, convert, dtype_named, plan_conversion
 from onegpu.nn.experts import plain_experts_class
 
@@ -274,7 +274,7 @@ class OneGpuQuantizer(HfQuantizer):
         public = bitsandbytes_config(self.quant, skip, compute)
         self.quantization_config = model.config.quantization_config = public
         model.quantization_method = METHOD
-        model.save_pretrained = AtomicSave(model)
+        model.__class__ = atomic_class(type(model))
         model.register_forward_pre_hook(check_input_device, with_kwargs=True)
         return model
 
@@ -303,7 +303,7 @@ class OneGpuQuantizer(HfQuantizer):
                 model.set_submodule(name, plain)
             elif isinstance(module, QuantExperts):
                 dequantize_experts_in_place(module, target)
-        model.__dict__.pop("save_pretrained", None)
+        model.__class__ = plain_class(type(model))
         return model
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from onegpu.formats import QuantState, to_tensors_4bit, to_tensors_8bit
 from onegpu.nn import QuantExperts, QuantLinear, WeightSpec, dtype_named
 from onegpu.nn.state import nested_of
 
-__all__ = ["AtomicSave", "disk_state", "replace_folder"]
+__all__ = ["atomic_class", "disk_state", "plain_class", "replace_folder"]
 
 
 def disk_state(model: nn.Module, expert_sources: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
@@ -98,37 +99,49 @@ def experts_on_disk(
     return written
 
 
-class AtomicSave:
-    """`model.save_pretrained` of a loaded model: Transformers' own, into a folder beside, which then takes its place.
+class AtomicSaving:
+    """What the class of a loaded model gets before its own: saving into a folder beside, which then takes its place."""
 
-    Holds the model weakly, so that deleting the model frees its memory at once.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AtomicSave:
-        return AtomicSave(memo.get(id(self._model()), self._model()))
-
-    def __reduce__(self) -> tuple[type[AtomicSave], tuple[Any]]:
-        return AtomicSave, (self._model(),)
-
-    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Save as `PreTrainedModel.save_pretrained` does, with all its arguments.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Save as `PreTrainedModel.save_pretrained` does, with all its arguments, all of it or nothing.
 
         Raises:
             SaveError: the folder could not be written whole; what was in it before is still there.
         """
-        model = self._model()
-        assert model is not None, "a method outlived its model"
-        plain_save = type(model).save_pretrained
-        target = Path(save_directory)
+        plain_save = super().save_pretrained  # type: ignore[misc]
         if kwargs.get("push_to_hub"):
             # Transformers writes, compares and uploads one folder: it must be the real one.
-            return plain_save(model, save_directory, *args, **kwargs)
-        with replace_folder(target) as folder:
-            plain_save(model, folder, *args, **kwargs)
+            return plain_save(save_directory, *args, **kwargs)
+        with replace_folder(Path(save_directory)) as folder:
+            plain_save(folder, *args, **kwargs)
         return None
+
+
+@cache
+def atomic_class(base: Any) -> type[Any]:
+    """The subclass of a model's class that saves atomically; the same name, module and everything else.
+
+    An attribute on the model itself could not do it: it would have to hold the model, and a model that is held by what
+    it holds is not freed when it is deleted.
+    """
+    made = type(base.__name__, (AtomicSaving, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    copyreg.pickle(made, reduce_model)  # type: ignore[arg-type]
+    return made
+
+
+def reduce_model(model: Any) -> tuple[Any, ...]:
+    """Copy and pickle by the class that can be imported, not by the one made here."""
+    return rebuild_model, (plain_class(type(model)),), model.__dict__
+
+
+def rebuild_model(base: type[Any]) -> Any:
+    """An empty model of the class made from `base`."""
+    return object.__new__(atomic_class(base))
+
+
+def plain_class(cls: type[Any]) -> type[Any]:
+    """The class that `atomic_class` was given."""
+    return cls.__mro__[2] if AtomicSaving in cls.__bases__ else cls
 
 
 class replace_folder:  # noqa: N801  (a context manager, used as a verb)

@@ -1,0 +1,50 @@
+"""The fast path, switched on and off in place: `optimize(model)`, `restore(model)`.
+
+`to_bettertransformer()` and `reverse_bettertransformer()` of the 2023 guide are these two calls. A part of the model
+that has no faster way stays as it is, and `onegpu.report(model)` says which and why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onegpu.errors import UnsupportedError
+
+__all__ = ["optimize", "restore"]
+
+
+def optimize(model: Any) -> Any:
+    """Put a model on its fast path, in place; calling it again changes nothing.
+
+    The classes, the weights, the parameters' names and what the model returns stay the same. Returns the model.
+
+    Raises:
+        UnsupportedError: not a Transformers model.
+    """
+    from onegpu.encoder import optimize_encoder
+
+    check_model(model)
+    optimize_encoder(model)
+    return model
+
+
+def restore(model: Any) -> Any:
+    """Take a model off the fast path: every forward is Transformers' own again. Returns the model.
+
+    Raises:
+        UnsupportedError: not a Transformers model.
+    """
+    from onegpu.encoder import restore_encoder
+
+    check_model(model)
+    restore_encoder(model)
+    return model
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a Transformers model."""
+    if not (hasattr(model, "config") and hasattr(model, "base_model_prefix")):
+        raise UnsupportedError(
+            f"expected a Transformers model (a PreTrainedModel); got {type(model).__name__}",
+            "for a sentence-transformers model pass its Transformers model: model[0].auto_model",
+        )
