@@ -1,0 +1,1 @@
+"""How attention is computed: which backend runs, and why each other one did not."""

@@ -1,0 +1,221 @@
+"""A padded batch as one stream of tokens, and the way back.
+
+    input_ids, mask [B, S]  --unpad-->  hidden [1, T, hidden] with cu_seqlens [N + 1]  --pad-->  [B, S, hidden]
+
+The sequences stand longest first: those of equal length lie side by side, so that a group of them is a view, and a
+GPU starts its longest work first. Every array has a size that the host knows: `indices` may be longer than the
+`total` real tokens (see `bucket`), which lets a captured graph serve batches of different sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from onegpu.errors import ArgumentError
+
+__all__ = ["AttentionView", "RelativeBias", "UnpaddedBatch", "pad_input", "unpad_input"]
+
+
+@dataclass(frozen=True, slots=True)
+class UnpaddedBatch:
+    """Where the real tokens of a batch [B, S] lie, once they stand one behind another.
+
+    Entries from `total` on belong to one more sequence that nobody reads back: they fill up a bucket.
+    """
+
+    batch_size: int  # B
+    seqlen: int  # S, padded
+    total: int  # T, real tokens
+    max_seqlen: int  # longest sequence, in tokens
+    indices: Tensor  # int64 [T or bucket]: flat place of each token in [B * S]
+    positions: Tensor  # int32 [T or bucket]: column of each token in its row
+    cu_seqlens: Tensor  # int32 [N + 1]: where each sequence begins; the last entry ends the last one
+    has_holes: bool  # whether padding stands between real tokens of one row
+    has_first: bool  # whether every row begins with a real token
+    lengths: tuple[int, ...] | None  # the N lengths, longest first, where the host has them without waiting
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> UnpaddedBatch:
+        """From a bool mask [B, S], True where a token is real. Waits once for the device (four integers)."""
+        batch_size, seqlen = mask.shape
+        lens = mask.sum(dim=1)
+        runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
+        # The one wait of an unpadded forward: the number of rows that every later kernel gets.
+        facts = torch.stack([lens.sum(), lens.max(), runs.max(), mask[:, 0].sum()])
+        total, longest, most_runs, firsts = facts.tolist()
+        ordered, order = torch.sort(lens, descending=True, stable=True)
+        ends = ordered.cumsum(0)
+        starts = torch.empty_like(ends).scatter_(0, order, ends - ordered)
+        rank = mask.cumsum(1) - 1
+        # Padding goes to one slot past the end, which is cut off: no boolean indexing, hence no second wait.
+        target = torch.where(mask, rank + starts[:, None], total).flatten()
+        flat = torch.arange(batch_size * seqlen, device=mask.device)
+        indices = torch.empty(total + 1, dtype=torch.int64, device=mask.device).scatter_(0, target, flat)[:total]
+        return cls(
+            batch_size=batch_size,
+            seqlen=seqlen,
+            total=total,
+            max_seqlen=longest,
+            indices=indices,
+            positions=(indices % seqlen).to(torch.int32),
+            cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
+            has_holes=most_runs > 1,
+            has_first=firsts == batch_size,
+            lengths=tuple(ordered.tolist()) if mask.device.type == "cpu" else None,
+        )
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], seqlen: int, device: torch.device | str = "cpu") -> UnpaddedBatch:
+        """From the lengths of right-padded rows [B, S]; built on the host, copied without waiting.
+
+        Raises:
+            ArgumentError: a length below 0 or above `seqlen`, or no row at all.
+        """
+        if not lengths or min(lengths) < 0 or max(lengths) > seqlen:
+            raise ArgumentError(f"lengths must be from 0 to seqlen {seqlen}, at least one of them; got {list(lengths)}")
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        ordered = torch.tensor([lengths[row] for row in order])
+        starts = torch.tensor(order) * seqlen
+        ends = ordered.cumsum(0)
+        first = torch.repeat_interleave(starts - (ends - ordered), ordered)
+        indices = first + torch.arange(int(ends[-1]))
+
+        def to_device(host: Tensor) -> Tensor:
+            if torch.device(device).type != "cuda":
+                return host
+            return host.pin_memory().to(device, non_blocking=True)
+
+        return cls(
+            batch_size=len(lengths),
+            seqlen=seqlen,
+            total=int(ends[-1]),
+            max_seqlen=max(lengths),
+            indices=to_device(indices),
+            positions=to_device((indices % seqlen).to(torch.int32)),
+            cu_seqlens=to_device(torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)),
+            has_holes=False,
+            has_first=min(lengths) > 0,
+            lengths=tuple(ordered.tolist()) if torch.device(device).type == "cpu" else None,
+        )
+
+    def bucket(self, tokens: int, sequences: int, max_seqlen: int) -> UnpaddedBatch:
+        """The same batch in arrays of `tokens` and `sequences` + 1 entries.
+
+        The tokens added repeat the first one and form a sequence of their own behind the real ones; sequences added
+        behind that are empty. `max_seqlen` is rounded up to what is given.
+
+        Raises:
+            ArgumentError: the bucket is smaller than the batch (one sequence more than the batch has is needed).
+        """
+        num_sequences, filler = self.cu_seqlens.numel() - 1, tokens - self.total
+        if filler < 0 or sequences < num_sequences + 1 or max_seqlen < max(self.max_seqlen, filler):
+            raise ArgumentError(
+                f"a bucket of {tokens} tokens, {sequences} sequences, up to {max_seqlen} each, does not hold a batch of "
+                f"{self.total} tokens, {num_sequences} sequences, up to {self.max_seqlen} each"
+            )
+        pad = torch.nn.functional.pad
+        return UnpaddedBatch(
+            batch_size=self.batch_size,
+            seqlen=self.seqlen,
+            total=self.total,
+            max_seqlen=max_seqlen,
+            indices=pad(self.indices, (0, filler)),
+            positions=pad(self.positions, (0, filler)),
+            cu_seqlens=pad(self.cu_seqlens, (0, sequences - num_sequences), value=tokens),
+            has_holes=self.has_holes,
+            has_first=self.has_first,
+            lengths=None,
+        )
+
+    def groups(self) -> list[tuple[int, int, int]]:
+        """`(first token, sequences, length)` of each run of equally long sequences; empty ones are left out.
+
+        Raises:
+            ArgumentError: the host does not know the lengths (a batch made on another device).
+        """
+        if self.lengths is None:
+            raise ArgumentError("the lengths of this batch are on the device only", "make it on the CPU, or from_lengths")
+        out, start = [], 0
+        for length, run in groupby(self.lengths):
+            count = len(list(run))
+            if length:
+                out.append((start, count, length))
+            start += count * length
+        return out
+
+
+@dataclass(slots=True)
+class RelativeBias:
+    """A bias on the scores that depends on `key position - query position` only (T5, MPNet).
+
+    `table` [H, 2 * S - 1] holds the value for distance `d` at `d + S - 1`; `make_dense` gives what the model itself
+    would have computed, for the way back to the padded form.
+    """
+
+    table: Tensor
+    make_dense: Callable[[], Tensor]
+    squares: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def span(self) -> int:
+        """S: distances run from -(S - 1) to S - 1."""
+        return (self.table.shape[1] + 1) // 2
+
+    def square(self, length: int) -> Tensor:
+        """[1, H, length, length] for a sequence without holes; kept, since every layer asks again."""
+        if length not in self.squares:
+            positions = torch.arange(length, device=self.table.device)
+            self.squares[length] = self.at(positions)
+        return self.squares[length]
+
+    def at(self, positions: Tensor) -> Tensor:
+        """[1, H, L, L] for tokens at `positions` [L]."""
+        distance = positions[None, :] - positions[:, None] + self.span - 1
+        return self.table[:, distance][None]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionView:
+    """What a layer gets in place of its mask: the batch, and which keys each token may see.
+
+    `window` is the largest distance, in columns of the padded row, at which a key is seen; None for no limit.
+    `backend` names the way to compute it, None for the first that can; `fixed` allows only those whose work does not
+    depend on numbers that the host reads from the batch, so that a captured graph serves the next one too.
+    """
+
+    batch: UnpaddedBatch
+    causal: bool = False
+    window: int | None = None
+    backend: str | None = None
+    fixed: bool = False
+
+
+def unpad_input(hidden: Tensor, batch: UnpaddedBatch) -> Tensor:
+    """[B, S, ...] to [1, T, ...] (or the bucket's size).
+
+    Raises:
+        ArgumentError: `hidden` is not of the batch's shape.
+    """
+    if hidden.shape[:2] != (batch.batch_size, batch.seqlen):
+        raise ArgumentError(
+            f"expected [{batch.batch_size}, {batch.seqlen}, ...], the shape of the batch; got {list(hidden.shape)}"
+        )
+    return hidden.flatten(0, 1).index_select(0, batch.indices)[None]
+
+
+def pad_input(tokens: Tensor, batch: UnpaddedBatch) -> Tensor:
+    """[1, T, ...] (or the bucket's size) to [B, S, ...], zeros where there is padding.
+
+    Raises:
+        ArgumentError: `tokens` is not one row of the batch's tokens.
+    """
+    if tokens.shape[:2] != (1, batch.indices.numel()):
+        raise ArgumentError(f"expected [1, {batch.indices.numel()}, ...], the batch's tokens; got {list(tokens.shape)}")
+    flat = tokens.new_zeros((batch.batch_size * batch.seqlen, *tokens.shape[2:]))
+    flat = flat.index_copy(0, batch.indices[: batch.total], tokens[0, : batch.total])
+    return flat.unflatten(0, (batch.batch_size, batch.seqlen))

@@ -1,0 +1,218 @@
+"""Parts of a layer that run as one operator: query, key and value; product and GELU; residual and LayerNorm.
+
+Each is known by its structure and proved on random input before it is kept. A fused part does its module's own work
+whenever the forward is the plain model's, wants gradients, or a linear has become something else (an adapter, a
+quantized layer), so that nothing is assumed that was not looked at in this very call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, linear
+
+from onegpu.encoder.calls import MethodCall
+from onegpu.kernels.encoder_ops import MAX_NORM_SIZE, add_layer_norm, gelu_, linear_gelu
+
+if TYPE_CHECKING:
+    from onegpu.encoder.stack import Stack
+
+__all__ = ["ActivationCall", "NormCall", "QkvGroup", "fused_parts"]
+
+QKV_NAMES: Final = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+)
+
+
+def is_active(stack: Stack, x: Tensor) -> bool:
+    run = stack.run
+    return run is not None and run.may_fuse and not run.is_plain and x.dtype in FUSED_DTYPES
+
+
+FUSED_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class NormCall(MethodCall):
+    """BERT's output blocks: LayerNorm(dense(hidden) + input), the dropout between being idle."""
+
+    def __init__(self, module: nn.Module, stack: Stack) -> None:
+        super().__init__(module)
+        self.stack = stack
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Children `dense`, `LayerNorm` and `dropout`, a LayerNorm over one dimension with weight and bias."""
+        if {name for name, _ in module.named_children()} != {"dense", "LayerNorm", "dropout"}:
+            return False
+        norm = module.LayerNorm
+        if type(norm) is not nn.LayerNorm or norm.bias is None or len(norm.normalized_shape) != 1:
+            return False
+        return norm.normalized_shape[0] <= MAX_NORM_SIZE
+
+    def __call__(self, hidden_states: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self.module
+        norm = module.LayerNorm
+        if self.removed or args or kwargs or not is_active(self.stack, hidden_states) or type(norm) is not nn.LayerNorm:
+            return self.plain(hidden_states, input_tensor, *args, **kwargs)
+        projected = module.dense(hidden_states)
+        if projected.shape != input_tensor.shape or projected.dtype != input_tensor.dtype:
+            return norm(projected + input_tensor)
+        return add_layer_norm(projected, input_tensor, norm.weight, norm.bias, norm.eps)
+
+
+class ActivationCall(MethodCall):
+    """BERT's intermediate block: gelu(dense(hidden)), the exact GELU."""
+
+    def __init__(self, module: nn.Module, stack: Stack) -> None:
+        super().__init__(module)
+        self.stack = stack
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """A `dense` and an exact GELU behind it, nothing else with weights."""
+        if not hasattr(module, "dense") or not is_exact_gelu(getattr(module, "intermediate_act_fn", None)):
+            return False
+        return {name for name, _ in module.named_children()} <= {"dense", "intermediate_act_fn"}
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.removed or args or kwargs or not is_active(self.stack, hidden_states):
+            return self.plain(hidden_states, *args, **kwargs)
+        dense: Any = self.module.dense
+        if self.stack.options.fuse_activation == "epilogue" and is_plain_linear(dense) and dense.bias is not None:
+            return linear_gelu(hidden_states, dense.weight, dense.bias)
+        projected = dense(hidden_states)
+        return gelu_(projected) if projected.is_contiguous() else gelu(projected)
+
+
+def is_exact_gelu(function: Any) -> bool:
+    """Known by what it computes, not by its name: tanh GELU differs by 5e-4 at 2."""
+    if not callable(function):
+        return False
+    points = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    try:
+        got = function(points.clone())
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return isinstance(got, Tensor) and bool(torch.allclose(got, gelu(points), rtol=0, atol=1e-12))
+
+
+def is_plain_linear(module: Any) -> bool:
+    """`nn.Linear` itself, with no hook and no forward of its own: nothing would be passed over."""
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    )
+
+
+class QkvGroup:
+    """One product for three linears of one input. Their weights become views of one tensor [3 N, K].
+
+    The first of the three that is called computes all; the others are asked with the same tensor and take their part.
+    """
+
+    def __init__(self, parent: nn.Module, names: tuple[str, str, str], stack: Stack) -> None:
+        self.stack = stack
+        self.parts: list[nn.Linear] = [getattr(parent, name) for name in names]
+        self.calls = [QkvCall(part, self, index) for index, part in enumerate(self.parts)]
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.given: Tensor | None = None
+        self.results: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def fits(parent: nn.Module, names: tuple[str, str, str]) -> bool:
+        """Three plain linears of one shape, dtype and device, that no other module shares; and self-attention."""
+        parts = [getattr(parent, name, None) for name in names]
+        if not all(is_plain_linear(part) for part in parts) or "Cross" in type(parent).__name__:
+            return False
+        weights = [part.weight for part in parts]  # type: ignore[union-attr]
+        first = weights[0]
+        alike = all((w.shape, w.dtype, w.device) == (first.shape, first.dtype, first.device) for w in weights)
+        return alike and not first.is_meta and len({id(w) for w in weights}) == 3
+
+    def join(self) -> None:
+        """Lay the three weights (and biases) one behind another, each parameter a view of its part."""
+        with torch.no_grad():
+            self.weight = torch.cat([part.weight for part in self.parts])
+            biases = [part.bias for part in self.parts]
+            N = self.parts[0].out_features
+            self.bias = None
+            if any(bias is not None for bias in biases):
+                zeros = self.weight.new_zeros(N)
+                self.bias = torch.cat([zeros if bias is None else bias for bias in biases])
+            for index, part in enumerate(self.parts):
+                part.weight.data = self.weight[index * N : (index + 1) * N]
+                if part.bias is not None and self.bias is not None:
+                    part.bias.data = self.bias[index * N : (index + 1) * N]
+
+    def split(self) -> None:
+        """Give each parameter memory of its own again, with the values it has now."""
+        with torch.no_grad():
+            for part in self.parts:
+                for parameter in (part.weight, part.bias):
+                    if parameter is not None and parameter.untyped_storage().nbytes() != parameter.nbytes:
+                        parameter.data = parameter.data.clone()
+        self.weight = self.bias = None
+
+    def is_joined(self) -> bool:
+        """Whether the parameters are still the views made by `join`."""
+        if self.weight is None:
+            return False
+        step = self.parts[0].weight.nbytes
+        start = self.weight.data_ptr()
+        for index, part in enumerate(self.parts):
+            if part._parameters["weight"].data_ptr() != start + index * step:  # type: ignore[union-attr]
+                return False
+            if part.bias is not None and (
+                self.bias is None or part.bias.data_ptr() != self.bias.data_ptr() + index * part.bias.nbytes
+            ):
+                return False
+        return self.weight.dtype == self.parts[0].weight.dtype
+
+    def project(self, index: int, x: Tensor) -> Tensor | None:
+        """Part `index` of the joint product of x, None where it can't be had."""
+        if index == 0:
+            if not is_active(self.stack, x) or not self.is_joined() or self.weight is None or x.dtype != self.weight.dtype:
+                self.given = None
+                return None
+            self.given = x
+            self.results = linear(x, self.weight, self.bias).chunk(3, dim=-1)
+        if self.given is not x:
+            return None
+        result = self.results[index]
+        if index == 2:
+            self.given, self.results = None, ()
+        return result
+
+
+class QkvCall(MethodCall):
+    """The forward of one of the three linears."""
+
+    def __init__(self, module: nn.Module, group: QkvGroup, index: int) -> None:
+        super().__init__(module)
+        self.group = group
+        self.index = index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        part = None if self.removed else self.group.project(self.index, x)
+        return self.plain(x) if part is None else part
+
+
+def fused_parts(stack: Stack) -> Iterator[MethodCall | QkvGroup]:
+    """What can be fused in this stack, by its options; nothing is set yet."""
+    options = stack.options
+    for layer in stack.layers:
+        for module in layer.modules():
+            if options.fuse_norm and NormCall.fits(module):
+                yield NormCall(module, stack)
+            if options.fuse_activation != "off" and ActivationCall.fits(module):
+                yield ActivationCall(module, stack)
+            if options.fuse_qkv:
+                for names in QKV_NAMES:
+                    if all(hasattr(module, name) for name in names) and QkvGroup.fits(module, names):
+                        yield QkvGroup(module, names, stack)

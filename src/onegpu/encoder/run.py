@@ -1,0 +1,282 @@
+"""One forward through a stack: decided at the first layer, in one of four ways.
+
+    plain      the model's own, with the reason counted in the stack's `outcomes`
+    direct     unpadded at the first layer, each layer called as the model calls it
+    deferred   the model's loop only notes its calls down; at the last one they run as a list: from unpadded tokens,
+               or on the padded batch where there is no padding (`dense`); the list is what a graph captures
+
+The list is learned by watching a direct run: how many calls, what each returns, and that each takes what the one
+before gave. What only passes from call to call (T5's position bias) is noted as a `Ref`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from onegpu.attention.interface import MaskNote, note_of
+from onegpu.attention.unpadded import AttentionView, RelativeBias, UnpaddedBatch, pad_input, unpad_input
+from onegpu.encoder.buckets import bucket_of
+
+if TYPE_CHECKING:
+    from onegpu.encoder.stack import LayerCall, Stack
+
+__all__ = ["Learned", "Program", "Ref", "Run", "run_program"]
+
+# A row of these is what a layer may be given beside hidden states and mask, with the dimension of the columns.
+TOKEN_ARGUMENTS = {"position_embeddings": 1, "position_ids": 1, "sinusoidal_pos": 2}
+# Below this an additive mask means padding; MarkupLM's is -10000, others use the smallest number there is.
+PADDING_BELOW = -9000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Item `item` of what call number `call` returns."""
+
+    call: int
+    item: int
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a direct run showed: for each call, None for a tensor, or for a tuple which items are not None."""
+
+    shapes: tuple[tuple[bool, ...] | None, ...]
+    chained: bool
+
+
+Program = list[tuple["LayerCall", dict[str, Any]]]
+
+
+class Refusal(Exception):  # noqa: N818, never leaves this module
+    """This forward is left to the plain model, for the reason given."""
+
+
+class Run:
+    """The state of one forward. Made at the owner's entrance, finished at its exit."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.mode = ""
+        self.batch: UnpaddedBatch | None = None
+        self.may_fuse = False
+        self.seqlen = 0
+        self.program: Program = []
+        self.entered: Tensor | None = None
+        self.last: Tensor | None = None
+        self.chained = True
+        self.shapes: list[tuple[bool, ...] | None] = []
+        self.translated: dict[int, tuple[Any, Any]] = {}
+
+    @property
+    def is_plain(self) -> bool:
+        return self.mode == "plain"
+
+    def layer(self, call: LayerCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of a layer by the model's loop."""
+        hidden, rest = call.bind(args, kwargs)
+        if not self.mode:
+            try:
+                self.decide(hidden, rest)
+            except Refusal as refusal:
+                self.mode = "plain"
+                self.stack.outcomes[f"plain: {refusal}"] += 1
+        if self.mode == "plain":
+            return call.plain(hidden, **{name: densify(value) for name, value in rest.items()})
+        rest = {name: self.translate(name, value) for name, value in rest.items()}
+        return self.direct(call, hidden, rest) if self.mode == "direct" else self.defer(call, hidden, rest)
+
+    def decide(self, hidden: Any, rest: dict[str, Any]) -> None:
+        """Choose the way and, where there is padding, the batch.
+
+        Raises:
+            Refusal: the plain way, and why.
+        """
+        stack = self.stack
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.numel() == 0:
+            raise Refusal("the layers get no hidden states [B, S, hidden]")
+        for name in ("encoder_hidden_states", "past_key_values", "key_value_states"):
+            if rest.get(name) is not None:
+                raise Refusal(f"{name} was given")
+        if is_capturing_outputs():
+            raise Refusal("hidden states or attentions were asked for")
+        if any(foreign_hooks(layer) for layer in stack.layers):
+            raise Refusal("a layer has a hook that is not ours")
+        self.seqlen = hidden.shape[1]
+        on_gpu = hidden.device.type == "cuda" or stack.graphs.works_anywhere
+        can_defer = on_gpu and not wants_grad(hidden, stack) and not torch.is_autocast_enabled(hidden.device.type)
+        self.may_fuse = can_defer
+        mask = rest.get("attention_mask")
+        note = note_of(mask)
+        if note is not None and note.padding.shape == hidden.shape[:2]:
+            self.batch = self.unpadded(mask, note)
+            if stack.first_token_matters and not self.batch.has_first:
+                raise Refusal("a row begins with padding, and the model may read its first token")
+            if self.batch.total == 0:
+                raise Refusal("there is no real token")
+            for name, value in rest.items():
+                self.translate(name, value)
+        elif not can_defer:
+            raise Refusal("there is no padding to leave out")
+        learned = stack.learned
+        if not (can_defer and stack.options.graphs):
+            self.mode = "direct"
+        else:
+            self.mode = "deferred" if learned is not None and learned.chained else "direct"
+        if self.mode == "deferred" and self.batch is not None:
+            self.batch = bucket_of(self.batch)
+            self.translated.clear()
+        stack.outcomes[f"{self.mode}{'' if self.batch is not None else ', no padding'}"] += 1
+
+    def unpadded(self, mask: Any, note: MaskNote) -> UnpaddedBatch:
+        """The batch: the caller's own if it gave one, else read off the padding."""
+        hint, self.stack.hint = self.stack.hint, None
+        if hint is not None and (hint.batch_size, hint.seqlen) == tuple(note.padding.shape):
+            return hint
+        if mask.is_floating_point() and getattr(mask, "_onegpu_note", None) is None:
+            odd = (mask != 0) & ~(mask < PADDING_BELOW)
+            if bool(odd.any()):
+                raise Refusal("the mask holds values other than 0 and 1")
+        return UnpaddedBatch.from_mask(note.padding)
+
+    def translate(self, name: str, value: Any) -> Any:
+        """An argument of a layer, from padded rows to unpadded tokens.
+
+        Raises:
+            Refusal: a tensor whose meaning is not known.
+        """
+        batch = self.batch
+        if batch is None:
+            return densify(value)
+        if value is None or isinstance(value, (bool, int, float, str, RelativeBias, Ref)):
+            return value
+        known = self.translated.get(id(value))
+        if known is not None:
+            return known[1]
+        if name == "attention_mask":
+            note = note_of(value)
+            if note is None or note.padding.shape != (batch.batch_size, batch.seqlen):
+                raise Refusal("a layer's mask is of a kind not known")
+            out: Any = AttentionView(batch, note.causal, note.window, self.stack.options.attention)
+        elif name in TOKEN_ARGUMENTS and isinstance(value, Tensor):
+            out = self.gather(value, TOKEN_ARGUMENTS[name])
+        elif name in TOKEN_ARGUMENTS and isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
+            out = tuple(self.gather(part, TOKEN_ARGUMENTS[name]) for part in value)
+        else:
+            raise Refusal(f"the layers get an argument {name} that is not known")
+        self.translated[id(value)] = (value, out)
+        return out
+
+    def gather(self, value: Tensor, dim: int) -> Tensor:
+        """[B or 1, ..., S, ...] with the columns at `dim` to [1, ..., T, ...]."""
+        batch = self.batch
+        assert batch is not None
+        if value.dim() <= dim or value.shape[dim] != batch.seqlen:
+            raise Refusal(f"an argument by position has the shape {list(value.shape)}")
+        if value.shape[0] == 1:
+            return value.index_select(dim, batch.positions.long())
+        if dim != 1 or value.shape[0] != batch.batch_size:
+            raise Refusal(f"an argument by position has the shape {list(value.shape)}")
+        return value.flatten(0, 1).index_select(0, batch.indices)[None]
+
+    def direct(self, call: LayerCall, hidden: Any, rest: dict[str, Any]) -> Any:
+        """Run the layer now; note what it takes and gives."""
+        if self.last is None:
+            hidden = hidden if self.batch is None else unpad_input(hidden, self.batch)
+        elif hidden is not self.last:
+            self.chained = False
+        out = call.plain(hidden, **rest)
+        self.last = out[0] if isinstance(out, tuple) else out
+        self.shapes.append(tuple(item is not None for item in out) if isinstance(out, tuple) else None)
+        return out
+
+    def defer(self, call: LayerCall, hidden: Any, rest: dict[str, Any]) -> Any:
+        """Note the call down; at the last one, run them all."""
+        learned = self.stack.learned
+        assert learned is not None
+        if self.entered is None:
+            self.entered = hidden
+        assert hidden is self.entered, "the model's loop changed hidden states between layers"
+        index = len(self.program)
+        self.program.append((call, rest))
+        result = self.entered if index + 1 < len(learned.shapes) else self.execute()
+        shape = learned.shapes[index]
+        if shape is None:
+            return result
+        return tuple(
+            result if item == 0 else Ref(index, item) if present else None for item, present in enumerate(shape)
+        )
+
+    def execute(self) -> Tensor:
+        """Run what was noted down: by a graph where there is one, else as it stands."""
+        assert self.entered is not None
+        return self.stack.graphs.run(self.program, self.entered, self.batch)
+
+    def finish(self, output: Any) -> Any:
+        """The owner's output with padding put back."""
+        if self.mode == "direct" and self.stack.learned is None and self.shapes:
+            self.stack.learned = Learned(tuple(self.shapes), self.chained)
+        if self.is_plain or self.batch is None or not self.mode:
+            return None
+        batch = self.batch
+        tokens = batch.indices.numel()
+
+        def back(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() >= 3 and value.shape[:2] == (1, tokens):
+                return pad_input(value, batch)
+            return value
+
+        if isinstance(output, tuple):
+            return tuple(back(value) for value in output)
+        if isinstance(output, dict):
+            for name, value in list(output.items()):
+                if value is not None:
+                    output[name] = back(value)
+            return output
+        return back(output)
+
+
+def run_program(program: Program, hidden: Tensor) -> Tensor:
+    """The layers one after another, each with its arguments."""
+    outs: list[Any] = []
+    for call, rest in program:
+        given = {name: outs[v.call][v.item] if isinstance(v, Ref) else v for name, v in rest.items()}
+        out = call.plain(hidden, **given)
+        outs.append(out)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return hidden
+
+
+def fixed_view(view: AttentionView, batch: UnpaddedBatch) -> AttentionView:
+    """The same view of a batch whose arrays a graph keeps."""
+    return replace(view, batch=batch, fixed=True)
+
+
+def wants_grad(hidden: Tensor, stack: Stack) -> bool:
+    """Whether a gradient may be asked of this forward."""
+    if not torch.is_grad_enabled():
+        return False
+    return hidden.requires_grad or any(p.requires_grad for layer in stack.layers for p in layer.parameters())
+
+
+def densify(value: Any) -> Any:
+    return value.make_dense() if isinstance(value, RelativeBias) else value
+
+
+def is_capturing_outputs() -> bool:
+    """Whether Transformers is collecting hidden states or attentions by hooks on the layers."""
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    collected = _active_collector.get()
+    return bool(collected)
+
+
+def foreign_hooks(layer: torch.nn.Module) -> bool:
+    """Whether anyone else watches this layer; Transformers' own watchers are asked for by `is_capturing_outputs`."""
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    return any("output_capturing_hook" not in getattr(hook, "__qualname__", "") for hook in hooks)

@@ -1,0 +1,231 @@
+"""The operators of the encoders: attention over unpadded tokens, residual + LayerNorm, product + GELU.
+
+Bound like those in `ops`: a check, shapes for tracing, the torch reference as the CPU implementation and as what a GPU
+without Triton runs, the Triton launcher elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from onegpu.errors import ArgumentError, DeviceError
+from onegpu.kernels.ops import bind
+
+__all__ = ["MAX_HEAD_DIM", "MAX_NORM_SIZE", "add_layer_norm", "gelu_", "linear_gelu", "varlen_attention"]
+
+FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM: Final = 128
+MAX_NORM_SIZE: Final = 16384
+
+
+def check_device(first: Tensor, *others: Tensor | None) -> None:
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise DeviceError(f"expected every tensor on {first.device}; got one on {other.device}")
+
+
+def check_varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    max_seqlen: int,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    check_device(query, key, value, cu_seqlens, positions, bias)
+    if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
+        shapes = [list(t.shape) for t in (query, key, value)]
+        raise ArgumentError(f"query, key and value must be [T, H, D], all of one shape; got {shapes}")
+    if query.dtype not in FLOATS or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ArgumentError(f"query, key and value must be of one floating dtype; got {query.dtype}, {key.dtype}")
+    if query.shape[2] > MAX_HEAD_DIM:
+        raise ArgumentError(f"the head dim must be at most {MAX_HEAD_DIM}; got {query.shape[2]}")
+    if cu_seqlens.dtype != torch.int32 or positions.dtype != torch.int32 or positions.numel() != query.shape[0]:
+        raise ArgumentError("cu_seqlens and positions must be int32, positions one per token")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape[0] != query.shape[1] or bias.shape[1] % 2 == 0):
+        raise ArgumentError(f"bias must be float32 [H, 2 * S - 1]; got {bias.dtype} {list(bias.shape)}")
+
+
+def reference_varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    max_seqlen: int,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        q, k, v = (t[start:end].transpose(0, 1).float() for t in (query, key, value))
+        at = positions[start:end]
+        distance = (at[None, :] - at[:, None]).long()
+        scores = q @ k.transpose(1, 2) * scale
+        if bias is not None:
+            scores = scores + bias[:, distance + bias.shape[1] // 2]
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(distance, dtype=torch.bool).triu(1), -torch.inf)
+        if window is not None:
+            scores = scores.masked_fill(distance.abs() > window, -torch.inf)
+        out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
+    return out
+
+
+def check_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    check_device(x, residual, weight, bias)
+    if residual.shape != x.shape or residual.dtype != x.dtype or x.dtype not in FLOATS:
+        raise ArgumentError(
+            f"x and residual must be of one shape and floating dtype; got {list(x.shape)} {x.dtype} and "
+            f"{list(residual.shape)} {residual.dtype}"
+        )
+    if weight.shape != x.shape[-1:] or bias.shape != x.shape[-1:] or x.shape[-1] > MAX_NORM_SIZE:
+        raise ArgumentError(f"weight and bias must be [K], K at most {MAX_NORM_SIZE}; got {list(weight.shape)}")
+
+
+def reference_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    total = x.float() + residual.float()
+    return F.layer_norm(total, x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
+
+
+def check_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    check_device(x, weight, bias)
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
+        raise ArgumentError(
+            f"expected x [..., K], weight [N, K], bias [N]; got {list(x.shape)}, {list(weight.shape)}, {list(bias.shape)}"
+        )
+    if x.dtype not in FLOATS or weight.dtype != x.dtype or bias.dtype != x.dtype:
+        raise ArgumentError(f"x, weight and bias must be of one floating dtype; got {x.dtype}, {weight.dtype}, {bias.dtype}")
+
+
+def reference_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x.float() @ weight.float().T + bias.float()).to(x.dtype)
+
+
+def check_gelu(x: Tensor) -> None:
+    if x.dtype not in FLOATS or not x.is_contiguous():
+        raise ArgumentError(f"x must be contiguous, of a floating dtype; got {x.dtype}, strides {x.stride()}")
+
+
+def reference_gelu(x: Tensor) -> Tensor:
+    return x.copy_(F.gelu(x.float()))
+
+
+_varlen_attention = bind(
+    "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor positions, SymInt max_seqlen,"
+    " float scale, bool causal=False, int? window=None, Tensor? bias=None) -> Tensor",
+    check=check_varlen_attention,
+    fake=lambda query, *_: query.new_empty(query.shape),
+    cpu=reference_varlen_attention,
+    cuda="onegpu.kernels.varlen_attention",
+)
+_add_layer_norm = bind(
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor",
+    check=check_add_layer_norm,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    cpu=reference_add_layer_norm,
+    cuda="onegpu.kernels.norm",
+)
+_linear_gelu = bind(
+    "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    check=check_linear_gelu,
+    fake=lambda x, weight, _: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    cpu=reference_linear_gelu,
+    cuda="onegpu.kernels.activation",
+)
+_gelu_ = bind(
+    "gelu_(Tensor(a!) x) -> Tensor(a!)",
+    check=check_gelu,
+    fake=lambda x: x,
+    cpu=reference_gelu,
+    cuda="onegpu.kernels.activation",
+)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    max_seqlen: int,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v within each sequence (FlashAttention, arXiv 2205.14135). No gradient.
+
+    Args:
+        query, key, value: [T, H, D], D at most 128, float16, bfloat16 or float32; any strides.
+        cu_seqlens: int32 [N + 1], where each sequence begins and the last one ends.
+        positions: int32 [T], what `window` and `bias` measure distances in.
+        max_seqlen: at least the longest sequence.
+        causal: a token sees those before it in its sequence, and itself.
+        window: largest distance seen; None for no limit.
+        bias: float32 [H, 2 * S - 1], added for distance d at index d + S - 1, every |d| below S.
+
+    Returns:
+        [T, H, D], contiguous. Tokens of no sequence hold anything.
+
+    Raises:
+        ArgumentError, DeviceError: tensors that do not fit together.
+    """
+    out: Tensor = _varlen_attention(
+        query, key, value, cu_seqlens, positions, max_seqlen, scale, causal, window, bias
+    )
+    return out
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x + residual) over the last dimension (arXiv 1607.06450), in float32, rounded once. No gradient.
+
+    Args:
+        x, residual: [..., K], one shape and dtype, K at most 16384.
+        weight, bias: [K].
+
+    Returns:
+        [..., K] in the dtype of x.
+
+    Raises:
+        ArgumentError, DeviceError: tensors that do not fit together.
+    """
+    out: Tensor = _add_layer_norm(x, residual, weight, bias, eps)
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W^T + bias), the exact (erf) GELU, the sum in float32, rounded once. No gradient.
+
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N]; one dtype.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        ArgumentError, DeviceError: tensors that do not fit together.
+    """
+    out: Tensor = _linear_gelu(x, weight, bias)
+    return out
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """The exact (erf) GELU of a contiguous tensor, in place. No gradient.
+
+    Raises:
+        ArgumentError: a tensor with gaps, or of another dtype.
+    """
+    _gelu_(x)
+    return x
