@@ -128,7 +128,7 @@ def decode_quant_state(blob: Tensor, name: str) -> QuantState:
     quant_type = _one_of(fields, "quant_type", QUANT_TYPES_4BIT, name)
     blocksize = _one_of(fields, "blocksize", BLOCKSIZES, name)
     dtype = _one_of(fields, "dtype", _WEIGHT_DTYPES, name)
-    shape = _shape(fields.get("shape"), name)
+    shape = _shape(fields, name)
     if not any(key.startswith("nested_") for key in fields):
         return QuantState(quant_type, blocksize, dtype, shape)
     # Written by 256 everywhere; another size would need kernels of its own.
@@ -163,6 +163,9 @@ def to_tensors_4bit(
             f"{name!r}: shape {list(state.shape)} in blocks of {state.blocksize} takes "
             f"{packed_bytes(state.num_elements)} bytes and {m} scales; got {packed.numel()} and {scales.numel()}"
         )
+    expected = torch.float32 if nested is None else torch.uint8
+    if scales.dtype != expected:
+        raise ArgumentError(f"{name!r}: scales must be {expected}; got {scales.dtype}")
     offset = None if nested is None else float(nested.offset)
     tensors = {
         name: view_storage(packed, storage_dtype),
@@ -296,7 +299,7 @@ def _parse_json(blob: Tensor, name: str) -> dict[str, Any]:
     try:
         fields = json.loads(bytes(blob.tolist()).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"4-bit tensor {name!r}: its quant_state is not JSON text: {error}") from error
+        raise CheckpointError(f"quantized tensor {name!r}: its quant_state is not JSON text: {error}") from error
     if not isinstance(fields, dict):
         _refuse(name, f"its quant_state must be a JSON object, got {type(fields).__name__}")
     return fields
@@ -306,26 +309,31 @@ def _one_of(fields: dict[str, Any], key: str, known: tuple[Any, ...], name: str)
     value = fields.get(key)
     # `True == 1` and `64.0 == 64`, so the type is asked too.
     if type(value) is not type(known[0]) or value not in known:
-        got = repr(value)[:80] if key in fields else "nothing"
-        _refuse(name, f"its {key} must be {' or '.join(map(repr, known))}, got {got}")
+        _refuse(name, f"its {key} must be {' or '.join(map(repr, known))}, got {_shown(fields, key)}")
     return value
 
 
-def _shape(value: Any, name: str) -> tuple[int, ...]:
-    is_list = isinstance(value, list) and len(value) <= _MAX_RANK
-    if not is_list or not all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in value):
-        _refuse(
-            name, f"its shape must be a list of at most {_MAX_RANK} sizes from 0 to 2**63 - 1, got {repr(value)[:80]}"
-        )
-    return tuple(value)
+def _shape(fields: dict[str, Any], name: str) -> tuple[int, ...]:
+    value = fields.get("shape")
+    sizes = value if isinstance(value, list) else [None]
+    if len(sizes) > _MAX_RANK or not all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in sizes):
+        rule = f"a list of at most {_MAX_RANK} sizes from 0 to {_MAX_ELEMENTS}"
+        _refuse(name, f"its shape must be {rule}, got {_shown(fields, 'shape')}")
+    return tuple(sizes)
+
+
+def _shown(fields: dict[str, Any], key: str) -> str:
+    """A field for an error message, however odd or long."""
+    if key not in fields:
+        return "nothing"
+    return json.dumps(fields[key])[:80]
 
 
 def _offset(fields: dict[str, Any], name: str) -> float:
     value = fields.get("nested_offset")
     single = _as_float32(value)
     if not math.isfinite(single):
-        got = repr(value)[:80] if "nested_offset" in fields else "nothing"
-        _refuse(name, f"its nested_offset must be a finite float32, got {got}")
+        _refuse(name, f"its nested_offset must be a finite float32, got {_shown(fields, 'nested_offset')}")
     return single
 
 
@@ -334,7 +342,7 @@ def _as_float32(value: object) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return math.nan
     try:
-        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+        return float(struct.unpack("<f", struct.pack("<f", float(value)))[0])
     except OverflowError:
         return math.inf
 
@@ -352,7 +360,7 @@ def _take(name: str, suffix: str, tensors: Mapping[str, Tensor]) -> Tensor:
 def _read_packed(name: str, storage: Tensor, expected: int) -> Tensor:
     if storage.dtype not in _STORAGE_DTYPES.values():
         _refuse(name, f"expected packed bytes as one of {', '.join(_STORAGE_DTYPES)}, got {_describe(storage)}")
-    if storage.dim() == 0 or storage.numel() != max(storage.shape):
+    if storage.dim() == 0 or sum(size != 1 for size in storage.shape) > 1:
         _refuse(name, f"expected packed bytes of shape [length, 1], got {_describe(storage)}")
     if storage.numel() * storage.element_size() != expected:
         got = storage.numel() * storage.element_size()

@@ -39,6 +39,7 @@ __all__ = [
     "num_blocks",
     "quantize_4bit",
     "quantize_absmax",
+    "quantize_dynamic",
 ]
 
 FLOAT16_MAX = 65504.0
@@ -155,7 +156,7 @@ def dequantize_4bit(
 def quantize_absmax(absmax: Tensor) -> NestedAbsmax:
     """Store scales in 8 bit: take their mean off, scale each 256 to [-1, 1], take the nearest entry of the map.
 
-    The mean is accumulated in float64 and rounded once. A value halfway between two entries takes the even one.
+    The mean is accumulated in float64 and rounded once.
 
     Args:
         absmax: float32 [m].
@@ -168,11 +169,26 @@ def quantize_absmax(absmax: Tensor) -> NestedAbsmax:
     if absmax.numel() == 0:
         return NestedAbsmax(absmax.to(torch.uint8), absmax, code, absmax.new_zeros(()))
     offset = absmax.mean(dtype=torch.float64).float()
-    blocks = _as_blocks(absmax - offset, NESTED_BLOCKSIZE)
-    scale = blocks.abs().amax(dim=1)
-    scaled = blocks * reciprocal(scale)[:, None]
-    codes = _nearest(scaled.view(-1)[: absmax.numel()], code)
+    codes, scale = quantize_dynamic(absmax - offset, code, NESTED_BLOCKSIZE)
     return NestedAbsmax(codes, scale, code, offset)
+
+
+def quantize_dynamic(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Each value of a flat float32 tensor as the nearest entry of an increasing table, by blocks scaled to [-1, 1].
+
+    A value halfway between two entries takes the even index.
+
+    Returns:
+        codes: uint8 [n].
+        absmax: float32 [ceil(n / blocksize)].
+    """
+    blocks = _as_blocks(values, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * reciprocal(absmax)[:, None]).view(-1)[: values.numel()]
+    middles = (code[:-1] + code[1:]) * 0.5
+    low = torch.bucketize(scaled, middles, out_int32=True)
+    high = torch.bucketize(scaled, middles, out_int32=True, right=True)
+    return torch.where(low % 2 == 0, low, high).to(torch.uint8), absmax
 
 
 def dequantize_absmax(nested: NestedAbsmax) -> Tensor:
@@ -236,14 +252,6 @@ def _as_blocks(flat: Tensor, blocksize: int) -> Tensor:
     if missing:
         flat = torch.nn.functional.pad(flat, (0, missing))
     return flat.view(-1, blocksize)
-
-
-def _nearest(scaled: Tensor, code: Tensor) -> Tensor:
-    """Index of the nearest entry of an increasing table: uint8; halfway goes to the even index."""
-    middles = (code[:-1] + code[1:]) * 0.5
-    low = torch.bucketize(scaled, middles, out_int32=True)
-    high = torch.bucketize(scaled, middles, out_int32=True, right=True)
-    return torch.where(low % 2 == 0, low, high).to(torch.uint8)
 
 
 def _check_flat(name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> None:

@@ -130,7 +130,7 @@ def codebook(quant_type: str, device: torch.device | str | None = None) -> Tenso
         ConfigError: another `quant_type`.
     """
     check_choice("quant_type", quant_type, QUANT_TYPES_4BIT)
-    return torch.tensor(NF4_CODE if quant_type == "nf4" else FP4_CODE, dtype=torch.float32, device=device)
+    return _table(NF4_CODE if quant_type == "nf4" else FP4_CODE, device)
 
 
 def boundaries(quant_type: str, device: torch.device | str | None = None) -> Tensor:
@@ -142,8 +142,7 @@ def boundaries(quant_type: str, device: torch.device | str | None = None) -> Ten
         ConfigError: another `quant_type`.
     """
     check_choice("quant_type", quant_type, QUANT_TYPES_4BIT)
-    values = NF4_BOUNDARIES if quant_type == "nf4" else FP4_BOUNDARIES
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return _table(NF4_BOUNDARIES if quant_type == "nf4" else FP4_BOUNDARIES, device)
 
 
 def dynamic_map(device: torch.device | str | None = None) -> Tensor:
@@ -154,7 +153,7 @@ def dynamic_map(device: torch.device | str | None = None) -> Tensor:
     """
     positive = struct.unpack(">128f", bytes.fromhex(_DYNAMIC_MAP_POSITIVE))
     negative = [-value for value in reversed(positive[:-1])]
-    return torch.tensor([*negative, 0.0, *positive], dtype=torch.float32, device=device)
+    return _table((*negative, 0.0, *positive), device)
 
 
 def reciprocal(absmax: Tensor) -> Tensor:
@@ -198,5 +197,9 @@ def _count_below(values: Tensor, thresholds: tuple[float, ...]) -> Tensor:
 
 
 def _look_up(table: tuple[float, ...], index: Tensor) -> Tensor:
-    values = torch.tensor(table, dtype=torch.float32, device=index.device)
-    return torch.index_select(values, 0, index.int().view(-1)).view_as(index)
+    return torch.index_select(_table(table, index.device), 0, index.int().view(-1)).view_as(index)
+
+
+def _table(values: tuple[float, ...], device: torch.device | str | None) -> Tensor:
+    # Not torch.tensor(device=...), which makes the host wait for the GPU.
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
