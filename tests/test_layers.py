@@ -20,11 +20,11 @@ LAYERS = {
     "loading": 4,
     "encoder": 5,
     "decoder": 5,
-    "optimize": 6,
+    "fastpath": 6,
     "serve": 6,
     "compat": 7,
     "bench": 7,
-    "report": 7,
+    "reporting": 7,
     "cli": 8,
 }
 WITHIN_L0 = {("config", "errors")}
@@ -36,7 +36,7 @@ OWNERS = {
     "transformers": {"attention", "loading", "compat", "encoder", "decoder", "bench", "cli"},
     "accelerate": {"loading", "memory"},
     "typer": {"cli"},
-    "rich": {"cli", "bench", "report"},
+    "rich": {"cli", "bench", "reporting"},
     "matplotlib": {"bench"},
 }
 FORBIDDEN = {"pickle", "bitsandbytes", "flash_attn"}

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from onegpu.compat import install, uninstall
     from onegpu.config import QuantConfig
     from onegpu.errors import OneGpuError
-    from onegpu.optimize import optimize, restore
-    from onegpu.report import report
+    from onegpu.fastpath import optimize, restore
+    from onegpu.reporting import report
 
 __version__ = "0.1.0"
 
@@ -60,9 +60,9 @@ _HOMES = {
     "OneGpuError": "onegpu.errors",
     "QuantConfig": "onegpu.config",
     "install": "onegpu.compat",
-    "optimize": "onegpu.optimize",
-    "report": "onegpu.report",
-    "restore": "onegpu.optimize",
+    "optimize": "onegpu.fastpath",
+    "report": "onegpu.reporting",
+    "restore": "onegpu.fastpath",
     "uninstall": "onegpu.compat",
 }
 

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from onegpu.config import QuantConfig
 from onegpu.loading import OneGpuQuantizer, load
 from onegpu.loading.quantizer import is_bitsandbytes
-from onegpu.optimize import optimize, restore
+from onegpu.fastpath import optimize, restore
 
 __all__ = ["install", "uninstall"]
 

@@ -16,11 +16,12 @@ from transformers.core_model_loading import ConversionOps
 from onegpu.errors import CheckpointError, OneGpuError, UnsupportedError
 from onegpu.formats import check_finite, dequantize_absmax, from_tensors_4bit, from_tensors_8bit
 from onegpu.nn import QuantExperts, QuantLinear, WeightSpec, quantize_weight
+from onegpu.nn.state import meta_state
 
 if TYPE_CHECKING:
     from onegpu.loading.quantizer import OneGpuQuantizer
 
-__all__ = ["DeserializeExperts", "DeserializeLinear", "LoadAborted", "QuantizeOnLoad"]
+__all__ = ["DeserializeExperts", "DeserializeLinear", "LoadAborted", "PassThrough", "QuantizeOnLoad"]
 
 INT8_LIMIT = 65504.0  # the largest float16: LLM.int8() quantizes through it
 
@@ -48,10 +49,14 @@ def abort_on_error(
 
 
 class PassThrough(ConversionOps):
-    """The reverse of reading: saving writes the stored state through `loading.saving`, not through conversions."""
+    """Nothing. It is the reverse of reading too: saving writes the stored state through `loading.saving`."""
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
         return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -79,6 +84,9 @@ class QuantizeOnLoad(ConversionOps):
             device = self.hf_quantizer.device_of(full_name, weight.device)
             state = quantize_weight(weight, spec, scale_search=self.hf_quantizer.quant.scale_search, device=device)
             done.update(name_state(module_name, module, parameter, state))
+            if self.hf_quantizer.is_on_disk(full_name):
+                # What goes to the disk is not set on the module; it must show the stored shape all the same.
+                set_state(module, parameter, meta_state(spec))
         return done
 
     @property
@@ -218,6 +226,18 @@ def read_8bit(full_name: str, tensors: dict[str, Tensor], key: str) -> dict[str,
         flat[f"{module}.weight_format"] = layout
     _, row_stats = from_tensors_8bit(module, flat)
     return {"weight": codes, "row_stats": row_stats.view(codes.shape[:-1])}
+
+
+def set_state(module: nn.Module, parameter: str, state: dict[str, Tensor]) -> None:
+    """Set the stored tensors of one weight on its module."""
+    if isinstance(module, QuantExperts):
+        module.set_expert_state(parameter, state)
+    else:
+        assert isinstance(module, QuantLinear)
+        module.set_state(state)
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if tensor.is_meta:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # else Transformers would draw it
 
 
 def name_state(module_name: str, module: nn.Module, parameter: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,15 @@ import torch
 
 from onegpu.errors import ConfigError, DeviceError, DoesNotFitError
 
-__all__ = ["announce_offload", "check_devices", "check_fits", "default_device_map", "device_in", "format_bytes"]
+__all__ = [
+    "announce_offload",
+    "check_devices",
+    "check_fits",
+    "default_device_map",
+    "device_in",
+    "format_bytes",
+    "target_in",
+]
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 # What one PCIe 4.0 x16 slot moves to the card in practice; offloaded weights cross it once for every token.
@@ -111,13 +119,16 @@ def default_device_map(max_memory: Mapping[Any, Any] | None) -> tuple[DeviceMap,
     return "auto", {index: int(free[index] * 0.95), "cpu": int(free["cpu"] * 0.9)}
 
 
-def device_in(device_map: Mapping[str, Any] | None, name: str, default: torch.device) -> torch.device:
-    """The device a device map gives to the parameter called `name`; "disk" is read on the CPU."""
-    if not device_map:
-        return default
+def target_in(device_map: Mapping[str, Any] | None, name: str) -> Any:
+    """What a device map says of the parameter called `name`: the entry of its longest prefix, None without one."""
     parts = name.split(".")
     prefixes = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
-    target = next((device_map[prefix] for prefix in prefixes if prefix in device_map), None)
+    return next((device_map[prefix] for prefix in prefixes if prefix in device_map), None) if device_map else None
+
+
+def device_in(device_map: Mapping[str, Any] | None, name: str, default: torch.device) -> torch.device:
+    """The device a device map gives to the parameter called `name`; "disk" is read on the CPU."""
+    target = target_in(device_map, name)
     if target is None:
         return default
     if target in ("disk", "cpu"):

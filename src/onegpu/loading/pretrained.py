@@ -31,9 +31,11 @@ from onegpu.loading.ops import LoadAborted
 from onegpu.loading.options import dtype_name, quant_config, take_quant_config, with_overrides
 from onegpu.loading.placement import check_devices, default_device_map
 from onegpu.loading.quantizer import METHOD, LoadConfig, OneGpuQuantizer, is_bitsandbytes
+from onegpu.nn.state import NESTED
 
 __all__ = ["load", "register"]
 
+COMPANIONS = ("absmax", *NESTED, "row_stats")
 ResolveConfig = Callable[[str, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
 
@@ -172,7 +174,9 @@ def check_loaded(model: nn.Module, info: dict[str, Any]) -> None:
 
     A missing head is no error: Transformers draws it, says so, and training it is the usual next step.
     """
-    missing = [key for key in info["missing_keys"] if in_body(model, key) and "pooler" not in key]
+    lost = [key for key in info["missing_keys"] if in_body(model, key) and "pooler" not in key]
+    # Scales are made from the weight: where it is missing, so are they.
+    missing = [key for key in lost if key.rpartition(".")[2] not in COMPANIONS]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}: {listed(missing)}; "

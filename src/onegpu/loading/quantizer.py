@@ -23,9 +23,9 @@ from onegpu.config import QuantConfig
 from onegpu.errors import CheckpointError, OneGpuError
 from onegpu.formats import COMPANIONS_4BIT, COMPANIONS_8BIT
 from onegpu.loading.checkpoint import open_checkpoint
-from onegpu.loading.ops import DeserializeExperts, DeserializeLinear, LoadAborted, QuantizeOnLoad
+from onegpu.loading.ops import DeserializeExperts, DeserializeLinear, LoadAborted, PassThrough, QuantizeOnLoad
 from onegpu.loading.options import bitsandbytes_config, quant_config
-from onegpu.loading.placement import announce_offload, check_fits, device_in
+from onegpu.loading.placement import announce_offload, check_fits, device_in, target_in
 from onegpu.loading.saving import atomic_class, disk_state, plain_class
 from onegpu.nn import Conversion, QuantExperts, QuantLinear, WeightSpec, convert, dtype_named, plan_conversion
 from onegpu.nn.experts import plain_experts_class
@@ -194,6 +194,10 @@ class OneGpuQuantizer(HfQuantizer):
         """Where the placement puts a parameter."""
         return device_in(self.device_map, param_name, default)
 
+    def is_on_disk(self, param_name: str) -> bool:
+        """Whether the placement puts a parameter on the disk."""
+        return target_in(self.device_map, param_name) == "disk"
+
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeOnLoad(self)
 
@@ -232,6 +236,10 @@ class OneGpuQuantizer(HfQuantizer):
             updated += [
                 self.reading_stacked(suffix) for suffix in sorted({".".join(n.split(".")[-2:]) for n in stacked})
             ]
+        if self.may_use_disk and not self.pre_quantized:
+            # Transformers writes a tensor to the offload folder anew only if a conversion made it; else it would read
+            # the 16-bit one from the checkpoint in place of ours.
+            updated.append(WeightConverter("weight", "weight", [PassThrough()]))
         return updated + self.get_weight_conversions()
 
     def expert_targets(self, entry: Any, stacked: Iterable[str]) -> list[str]:
@@ -262,6 +270,7 @@ class OneGpuQuantizer(HfQuantizer):
     # After loading
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        self.give_back_missing(model)
         self.check_shapes(model)
         quantized = [name.removesuffix(".weight") for name in self.conversion.specs]
         model._weight_conversions = [
@@ -277,6 +286,19 @@ class OneGpuQuantizer(HfQuantizer):
         model.__class__ = atomic_class(type(model))
         model.register_forward_pre_hook(check_input_device, with_kwargs=True)
         return model
+
+    def give_back_missing(self, model: nn.Module) -> None:
+        """A layer that the checkpoint lacks was drawn at random: it stays plain, so that it can be trained."""
+        for name, spec in list(self.conversion.specs.items()):
+            module_name, _, parameter = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            weight = getattr(module, parameter)
+            if tuple(weight.shape) == spec.tensors()["weight"][0] and weight.dtype == spec.tensors()["weight"][1]:
+                continue
+            if isinstance(module, QuantLinear) and weight.is_floating_point() and not self.pre_quantized:
+                model.set_submodule(module_name, plain_linear(module, self.dtype, weight.detach()))
+                self.conversion.give_back(name, "not in the checkpoint")
+                self.shapes.pop(name, None)
 
     def check_shapes(self, model: nn.Module) -> None:
         """Every tensor has the shape the model was built with (quantized ones: the stored shape)."""
@@ -327,25 +349,26 @@ def per_expert_names(entry: Any, target: str) -> tuple[str, ...]:
 
 def touches(entry: WeightConverter, quantized: Iterable[str]) -> bool:
     """Whether a conversion has to do with quantized weights, so that saving must not reverse it."""
-    if any(isinstance(op, (DeserializeLinear, DeserializeExperts)) for op in entry.operations):
+    if any(isinstance(op, (DeserializeLinear, DeserializeExperts, PassThrough)) for op in entry.operations):
         return True
     targets = [plain_text(pattern).removesuffix(".weight") for pattern in entry._original_target_patterns]
     return any(target in name for target in targets for name in quantized)
 
 
-def plain_linear(module: QuantLinear, dtype: torch.dtype) -> nn.Module:
-    """The linear layer that a quantized one replaced, with the dequantized weight."""
-    weight = module.dequantize(dtype)
+def plain_linear(module: QuantLinear, dtype: torch.dtype, weight: torch.Tensor | None = None) -> nn.Module:
+    """The linear layer that a quantized one replaced, with the dequantized weight or the one given."""
     plain: Any
     with torch.device("meta"):
         if issubclass(module.source_cls, Conv1D):
             plain = Conv1D(module.out_features, module.in_features)
-            weight = weight.T.contiguous()
         else:
             plain = module.source_cls(module.in_features, module.out_features, bias=module.bias is not None)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if weight is None:
+        weight = module.dequantize(dtype)
+        weight = weight.T.contiguous() if isinstance(plain, Conv1D) else weight
+    plain.weight = nn.Parameter(weight)
     if module.bias is not None:
-        plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+        plain.bias = nn.Parameter(module.bias.detach().to(dtype))
     return plain.train(module.training)
 
 

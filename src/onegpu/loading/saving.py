@@ -191,27 +191,28 @@ class replace_folder:  # noqa: N801  (a context manager, used as a verb)
             if path.is_file() and is_weights(path.name) and path.relative_to(self.target) not in new
         ]
         backup = Path(tempfile.mkdtemp(prefix=".old.", dir=self.folder))
-        moved: list[Path] = []
+        aside: list[Path] = []
+        placed: list[Path] = []
         try:
             for name in [*stale, *new]:
-                moved.append(name)
-                self.swap_in(name, backup)
+                if (self.target / name).exists():
+                    move(self.target / name, backup / name)
+                    aside.append(name)
+                if name in new:
+                    move(self.folder / name, self.target / name)
+                    placed.append(name)
         except OSError:
-            for name in reversed(moved):
-                (self.target / name).unlink(missing_ok=True)
-                if (backup / name).exists():
-                    os.replace(backup / name, self.target / name)
+            for name in placed:
+                (self.target / name).unlink()
+            for name in aside:
+                move(backup / name, self.target / name)
             raise
 
-    def swap_in(self, name: Path, backup: Path) -> None:
-        """Set one file's old content aside and put the new one, if there is one, in its place."""
-        place = self.target / name
-        if place.exists():
-            (backup / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(place, backup / name)
-        if (self.folder / name).exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.folder / name, place)
+
+def move(source: Path, destination: Path) -> None:
+    """Move one file within a file system, making the folder it goes to."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, destination)
 
 
 def is_weights(name: str) -> bool:

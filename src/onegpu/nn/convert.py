@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from onegpu.config import QuantConfig
+from onegpu.errors import CheckpointError
 from onegpu.nn.experts import expert_parameters, quantize_experts_module
 from onegpu.nn.linear import QuantLinear, QuantLinear4bit, QuantLinear8bit
 from onegpu.nn.state import WeightSpec, dtype_named
@@ -54,6 +55,14 @@ class Conversion:
         self.specs[name] = spec
         self.bytes_before += spec.numel * dtype_named(spec.dtype).itemsize
         self.bytes_after += spec.stored_bytes
+
+    def give_back(self, name: str, reason: str) -> None:
+        """Take a weight off the plan: it stays plain after all."""
+        spec = self.specs.pop(name)
+        before = spec.numel * dtype_named(spec.dtype).itemsize
+        self.bytes_before -= before
+        self.bytes_after -= spec.stored_bytes
+        self.kept.append(Kept(name, reason, before))
 
     @property
     def kept_bytes(self) -> int:
@@ -124,6 +133,7 @@ def plan_conversion(
             spec = WeightSpec.of(config, weight_shape, dtype)
             reason = refusal(spec, source_dtype, patterns[hits[0]] if hits else None)
             if isinstance(in_file, WeightSpec):
+                check_stored_shape(full_name, in_file, spec)
                 plan.add(full_name, in_file)
             elif in_file is None:
                 plan.kept.append(Kept(full_name, "not quantized in the checkpoint", spec.numel * dtype.itemsize))
@@ -133,6 +143,15 @@ def plan_conversion(
                 plan.add(full_name, spec)
     plan.unmatched = [pattern for pattern in config.skip_modules if pattern not in answered]
     return plan
+
+
+def check_stored_shape(name: str, stored: WeightSpec, expected: WeightSpec) -> None:
+    """Refuse a stored weight whose description does not fit the model."""
+    if stored.shape != expected.shape:
+        raise CheckpointError(
+            f"{name} says it holds a weight of shape {list(stored.shape)}, the model expects {list(expected.shape)}",
+            "the checkpoint and its config.json do not belong together",
+        )
 
 
 def refusal(spec: WeightSpec, source_dtype: torch.dtype, skip_reason: str | None) -> str | None:

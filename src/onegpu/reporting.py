@@ -126,6 +126,7 @@ def grouped(kept: list[Any]) -> list[tuple[str, int, int, str]]:
 
 def fast_paths(model: Any) -> list[str]:
     """One line for each part that `optimize` looked at: what it became, or why it stayed."""
-    from onegpu.encoder import encoder_lines
+    from onegpu.encoder.optimize import encoder_report
 
-    return list(encoder_lines(model))
+    done = encoder_report(model)
+    return [] if done is None else done.lines()
