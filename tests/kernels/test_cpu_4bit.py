@@ -14,7 +14,7 @@ from torch import Tensor
 from onegpu.config import BLOCKSIZES
 from onegpu.errors import UnsupportedError
 from onegpu.formats import blockwise, codebooks, packing
-from onegpu.kernels import cpu_4bit
+from onegpu.kernels import cpu_4bit, linear_4bit
 
 pytest.importorskip("llvmlite", minversion="0.45")
 
@@ -238,7 +238,7 @@ def test_equals_dequantizing_and_multiplying() -> None:
 
 READS_TO_THE_EDGE = """
 import ctypes, mmap, torch
-from onegpu.kernels import cpu_4bit
+from onegpu.kernels import cpu_4bit, linear_4bit
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -360,3 +360,32 @@ class TestRefusals:
                 Weight(8, 64).linear(random_x(1, 64))
         finally:
             cpu_4bit.compiled.cache_clear()
+
+
+class TestOperator:
+    """Where `onegpu::linear_4bit` takes the compiled product, and where it does not."""
+
+    def test_few_rows_are_compiled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight, x = Weight(9, 64, nested=True), random_x(2, 64, dtype=torch.float32)
+        calls: list[Tensor] = []
+        product = cpu_4bit.linear_4bit
+        monkeypatch.setattr(cpu_4bit, "linear_4bit", lambda *given: calls.append(given[0]) or product(*given))
+        y = linear_4bit(x, weight.packed, weight.absmax, None, 9, "nf4", 64, *weight.nested)
+        assert torch.equal(y, weight.linear(x))
+        assert len(calls) == 2
+        many = random_x(cpu_4bit.max_rows() + 1, 64, dtype=torch.float32)
+        y = linear_4bit(many, weight.packed, weight.absmax, None, 9, "nf4", 64, *weight.nested)
+        assert len(calls) == 2
+        torch.testing.assert_close(y, weight.linear(many), rtol=1e-5, atol=1e-5)
+
+    def test_what_it_refuses_is_multiplied_by_torch(self) -> None:
+        weight, x = Weight(8, 60), random_x(2, 60, dtype=torch.float32)
+        with pytest.raises(UnsupportedError, match="K = 60"):
+            weight.linear(x)
+        y = linear_4bit(x, weight.packed, weight.absmax, None, 8, "nf4", 64)
+        torch.testing.assert_close(y.double(), x.double() @ weight.exact.T, rtol=1e-5, atol=1e-5)
+
+    def test_gradient_of_x(self) -> None:
+        weight, x = Weight(8, 64), random_x(2, 64, dtype=torch.float32).requires_grad_()
+        linear_4bit(x, weight.packed, weight.absmax, None, 8, "nf4", 64).sum().backward()
+        torch.testing.assert_close(x.grad.double(), weight.exact.sum(0).expand(2, 64), rtol=1e-5, atol=1e-5)

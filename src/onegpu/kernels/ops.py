@@ -1,7 +1,7 @@
 """The dispatch table: every operator of the namespace `onegpu`, with its schema and what runs it where.
 
 An operator has five parts, all bound here: a check of its arguments (`checks`), shapes only for tracing (`fake_*`),
-the CPU implementation (`reference`), the Triton launcher for CUDA and ROCm devices, imported at the first call that
+what it means in torch (`reference`), which is also what CPUs run unless something faster is named, the Triton launcher for CUDA and ROCm devices, imported at the first call that
 needs it, and for the two products a backward. A GPU on which Triton cannot run takes the reference too.
 Registration is by call, so every part stays a plain function that tests and benchmarks can reach. The callables at
 the end are what the rest of the project uses; `torch.ops.onegpu` has the same operators.
@@ -18,8 +18,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from onegpu.errors import UnsupportedError
 from onegpu.formats import rowwise
-from onegpu.kernels import checks, reference
+from onegpu.kernels import checks, cpu_4bit, reference
 
 __all__ = [
     "dequantize_4bit",
@@ -52,26 +53,32 @@ def bind(
     *,
     check: Callable[..., None],
     fake: Callable[..., Any],
-    cpu: Callable[..., Any],
+    plain: Callable[..., Any],
     cuda: str,
+    cpu: Callable[..., Any] | None = None,
     capability: tuple[int, int] = OLDEST_CAPABILITY,
 ) -> Callable[..., Any]:
-    """Define one operator: the argument check runs before each implementation, and `cuda` names a launcher's module.
+    """Define one operator, and return it.
 
-    The launcher has the operator's own name. Returns the operator.
+    Args:
+        check: runs before each implementation.
+        plain: the reference; on a GPU it stands in where Triton cannot run.
+        cuda: module of the Triton launcher, which has the operator's own name.
+        cpu: what CPU tensors take, if not the reference.
+        capability: what the launcher needs of a device.
     """
     name = schema.partition("(")[0]
 
     @functools.cache
     def cuda_implementation(device: torch.device) -> Callable[..., Any]:
         if why_not_triton(device, capability) is not None:
-            return cpu
+            return plain
         launcher: Callable[..., Any] = getattr(importlib.import_module(cuda), name)
         return launcher
 
     def on_cpu(*args: Any) -> Any:
         check(*args)
-        return cpu(*args)
+        return plain(*args) if cpu is None else cpu(*args)
 
     def on_cuda(*args: Any) -> Any:
         check(*args)
@@ -117,6 +124,16 @@ def fake_linear_8bit(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def linear_4bit_on_cpu(x: Tensor, *weight: Any) -> Tensor:
+    """Compiled code where there is a compiler and x has few rows, else the reference."""
+    if x.numel() <= cpu_4bit.max_rows() * x.shape[-1]:
+        try:
+            return cpu_4bit.linear_4bit(x, *weight)
+        except UnsupportedError:
+            pass
+    return reference.linear_4bit(x, *weight)
+
+
 NESTED = "Tensor? nested_absmax=None, Tensor? nested_code=None, Tensor? nested_offset=None"
 
 _quantize_4bit = bind(
@@ -124,7 +141,7 @@ _quantize_4bit = bind(
     " -> (Tensor packed, Tensor absmax)",
     check=checks.quantize_4bit,
     fake=fake_quantize_4bit,
-    cpu=reference.quantize_4bit,
+    plain=reference.quantize_4bit,
     cuda="onegpu.kernels.quantize",
 )
 _dequantize_4bit = bind(
@@ -132,7 +149,7 @@ _dequantize_4bit = bind(
     f" {NESTED}) -> Tensor",
     check=checks.dequantize_4bit,
     fake=fake_dequantize_4bit,
-    cpu=reference.dequantize_4bit,
+    plain=reference.dequantize_4bit,
     cuda="onegpu.kernels.dequantize",
 )
 _linear_4bit = bind(
@@ -140,21 +157,22 @@ _linear_4bit = bind(
     f" int blocksize, {NESTED}) -> Tensor",
     check=checks.linear_4bit,
     fake=fake_linear_4bit,
-    cpu=reference.linear_4bit,
+    plain=reference.linear_4bit,
+    cpu=linear_4bit_on_cpu,
     cuda="onegpu.kernels.matmul_4bit",
 )
 _quantize_8bit_rows = bind(
     "quantize_8bit_rows(Tensor x, float threshold=0.0) -> (Tensor codes, Tensor row_stats, Tensor outlier_cols)",
     check=checks.quantize_8bit_rows,
     fake=fake_quantize_8bit_rows,
-    cpu=reference.quantize_8bit_rows,
+    plain=reference.quantize_8bit_rows,
     cuda="onegpu.kernels.quantize",
 )
 _linear_8bit = bind(
     "linear_8bit(Tensor x, Tensor codes, Tensor row_stats, Tensor? bias, float threshold=0.0) -> Tensor",
     check=checks.linear_8bit,
     fake=fake_linear_8bit,
-    cpu=reference.linear_8bit,
+    plain=reference.linear_8bit,
     cuda="onegpu.kernels.matmul_8bit",
     capability=INT8_DOT_CAPABILITY,
 )
