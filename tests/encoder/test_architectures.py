@@ -126,6 +126,9 @@ def test_noted_down_and_replayed(case: Case) -> None:
         for mask, inputs, want in zip(masks, batches, wanted, strict=True):
             assert_equal(case, mask, run(model, inputs), want)
     ways = outcomes(model)
+    if case.name == "yolos":  # its loop adds positions between layers
+        assert "direct, no padding" in ways
+        return
     assert any(key.startswith("deferred") for key in ways), ways
     for line in report.stacks:
         if line.stack is not None and any(key.startswith("deferred") for key in line.outcomes):

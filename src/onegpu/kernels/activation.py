@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """GELU on its own, in place, and as the end of a product: gelu(x W^T + b) without a pass over the result.
 
     gelu(z) = z / 2 * (1 + erf(z / sqrt(2)))        the exact form, which BERT was trained with
@@ -16,26 +17,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onegpu.kernels.launch import on_device_of
+
 __all__ = ["gelu_", "linear_gelu"]
 
 GROUP_M: Final = 8
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def gelu(z):  # type: ignore[no-untyped-def]
+@triton.jit
+def gelu(z):
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def gelu_kernel(x_ptr, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def gelu_kernel(x_ptr, numel, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(x_ptr + offsets, gelu(x).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def linear_gelu_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def linear_gelu_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # [N, K]
     bias_ptr,  # [N]
@@ -84,7 +87,8 @@ def gelu_(x: Tensor) -> Tensor:
     """Launch the kernel; arguments as `onegpu.kernels.encoder_ops.gelu_`."""
     numel, BLOCK = x.numel(), 2048
     if numel:
-        gelu_kernel[(triton.cdiv(numel, BLOCK),)](x, numel, BLOCK=BLOCK, num_warps=8)
+        with on_device_of(x):
+            gelu_kernel[(triton.cdiv(numel, BLOCK),)](x, numel, BLOCK=BLOCK, num_warps=8)
     return x
 
 
@@ -101,22 +105,23 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     BLOCK_M, BLOCK_N, num_warps, num_stages = (128, 256, 8, 3) if M > 1024 else (64, 64, 4, 4)
     BLOCK_K = 64
     grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)
-    linear_gelu_kernel[grid](
-        rows,
-        weight,
-        bias,
-        out,
-        M,
-        N,
-        K,
-        rows.stride(0),
-        weight.stride(0),
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        GROUP=GROUP_M,
-        EVEN_K=K % BLOCK_K == 0,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    with on_device_of(x):
+        linear_gelu_kernel[grid](
+            rows,
+            weight,
+            bias,
+            out,
+            M,
+            N,
+            K,
+            rows.stride(0),
+            weight.stride(0),
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            GROUP=GROUP_M,
+            EVEN_K=K % BLOCK_K == 0,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
     return out

@@ -127,28 +127,28 @@ _varlen_attention = bind(
     " float scale, bool causal=False, int? window=None, Tensor? bias=None) -> Tensor",
     check=check_varlen_attention,
     fake=lambda query, *_: query.new_empty(query.shape),
-    cpu=reference_varlen_attention,
+    plain=reference_varlen_attention,
     cuda="onegpu.kernels.varlen_attention",
 )
 _add_layer_norm = bind(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor",
     check=check_add_layer_norm,
     fake=lambda x, *_: x.new_empty(x.shape),
-    cpu=reference_add_layer_norm,
+    plain=reference_add_layer_norm,
     cuda="onegpu.kernels.norm",
 )
 _linear_gelu = bind(
     "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     check=check_linear_gelu,
     fake=lambda x, weight, _: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    cpu=reference_linear_gelu,
+    plain=reference_linear_gelu,
     cuda="onegpu.kernels.activation",
 )
 _gelu_ = bind(
     "gelu_(Tensor(a!) x) -> Tensor(a!)",
     check=check_gelu,
     fake=lambda x: x,
-    cpu=reference_gelu,
+    plain=reference_gelu,
     cuda="onegpu.kernels.activation",
 )
 

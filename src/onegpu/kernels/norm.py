@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Residual add and LayerNorm in one pass over the rows.
 
     y = (x + r - mean) / sqrt(var + eps) * weight + bias,   mean and variance over the K columns
@@ -13,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onegpu.kernels.launch import on_device_of
+
 __all__ = ["add_layer_norm"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def add_layer_norm_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def add_layer_norm_kernel(
     x_ptr,  # [M, K]
     residual_ptr,  # [M, K]
     weight_ptr,  # [K]
@@ -51,17 +54,18 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     if rows.shape[0] == 0:
         return out
     BLOCK_K = triton.next_power_of_2(K)
-    add_layer_norm_kernel[(rows.shape[0],)](
-        rows,
-        others,
-        weight,
-        bias,
-        out,
-        rows.stride(0),
-        others.stride(0),
-        K,
-        eps,
-        BLOCK_K=BLOCK_K,
-        num_warps=min(8, max(1, BLOCK_K // 512)),
-    )
+    with on_device_of(x):
+        add_layer_norm_kernel[(rows.shape[0],)](
+            rows,
+            others,
+            weight,
+            bias,
+            out,
+            rows.stride(0),
+            others.stride(0),
+            K,
+            eps,
+            BLOCK_K=BLOCK_K,
+            num_warps=min(8, max(1, BLOCK_K // 512)),
+        )
     return out

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Attention over sequences that stand one behind another, for what torch's own kernel does not take.
 
 Softmax is kept online (FlashAttention, arXiv 2205.14135): per query row the running maximum m, sum l and output o.
@@ -18,13 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onegpu.kernels.launch import on_device_of
+
 __all__ = ["varlen_attention"]
 
 NO_WINDOW: Final = -1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def varlen_attention_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def varlen_attention_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, H, D]
     v_ptr,  # [T, H, D]
@@ -143,34 +146,35 @@ def varlen_attention(
     BLOCK_M = 64 if float32 or BLOCK_D > 64 or max_seqlen <= 64 else 128
     BLOCK_N = 32 if float32 and BLOCK_D > 64 else 64
     options: dict[str, Any] = {"num_warps": 4 if BLOCK_M == 64 else 8, "num_stages": 2}
-    varlen_attention_kernel[(triton.cdiv(max_seqlen, BLOCK_M), H, cu_seqlens.numel() - 1)](
-        q,
-        k,
-        v,
-        out,
-        cu_seqlens,
-        positions,
-        out if bias is None else bias,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        out.stride(0),
-        out.stride(1),
-        0 if bias is None else bias.stride(0),
-        0 if bias is None else bias.shape[1] // 2,
-        NO_WINDOW if window is None else window,
-        scale,
-        D=D,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_D=BLOCK_D,
-        CAUSAL=causal,
-        HAS_BIAS=bias is not None,
-        HAS_WINDOW=window is not None,
-        PRECISION="tf32x3" if float32 else "tf32",
-        **options,
-    )
+    with on_device_of(query):
+        varlen_attention_kernel[(triton.cdiv(max_seqlen, BLOCK_M), H, cu_seqlens.numel() - 1)](
+            q,
+            k,
+            v,
+            out,
+            cu_seqlens,
+            positions,
+            out if bias is None else bias,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            0 if bias is None else bias.stride(0),
+            0 if bias is None else bias.shape[1] // 2,
+            NO_WINDOW if window is None else window,
+            scale,
+            D=D,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
+            CAUSAL=causal,
+            HAS_BIAS=bias is not None,
+            HAS_WINDOW=window is not None,
+            PRECISION="tf32x3" if float32 else "tf32",
+            **options,
+        )
     return out
