@@ -1,8 +1,9 @@
 """The dispatch table: every operator of the namespace `onegpu`, with its schema and what runs it where.
 
-An operator has five parts, all bound here: a check of its arguments (`checks`), shapes only for tracing (`fake_*`),
-what it means in torch (`reference`), which is also what CPUs run unless something faster is named, the Triton launcher for CUDA and ROCm devices, imported at the first call that
-needs it, and for the two products a backward. A GPU on which Triton cannot run takes the reference too.
+An operator has five parts, all bound here: a check of its arguments (`checks`); shapes only, for tracing (`fake_*`);
+what it means in torch (`reference`), which CPUs run unless something faster is named; the Triton launcher for CUDA and
+ROCm devices, imported at the first call that needs it; and for the two products a backward. A GPU on which Triton
+cannot run takes the reference too.
 Registration is by call, so every part stays a plain function that tests and benchmarks can reach. The callables at
 the end are what the rest of the project uses; `torch.ops.onegpu` has the same operators.
 """

@@ -1,0 +1,132 @@
+"""LLM.int8() on the device against its CPU definition: exact integers, so only the last float32 steps may differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.cases import DTYPES, normal, run_captured
+from onegpu.formats import rowwise
+from onegpu.kernels import linear_8bit, reference
+
+
+@pytest.fixture
+def matmul(device: torch.device):
+    from onegpu.kernels import matmul_8bit
+
+    return matmul_8bit
+
+
+def weight_8bit(N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, row_stats, _ = rowwise.quantize_rows(normal(N, K, seed=N))
+    return codes, row_stats
+
+
+def with_outliers(M: int, K: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Normal rows below 5, and `columns` columns that reach 6 to 60 in some row."""
+    x = normal(M, K, seed=seed).clamp(-4.9, 4.9)
+    places = torch.randperm(K, generator=torch.Generator().manual_seed(seed))[:columns]
+    rows = torch.arange(columns) % M
+    x[rows, places] = 6 + normal(columns, seed=3).abs() * 15
+    return x.to(dtype)
+
+
+def assert_close(
+    y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, row_stats: torch.Tensor, bias, threshold
+) -> None:
+    """Within one rounding of the definition: the outlier sums alone depend on an order, and are float32."""
+    expected = reference.linear_8bit(x, codes, row_stats, bias, threshold)
+    assert y.dtype == expected.dtype
+    assert y.shape == expected.shape
+    scale = float(expected.double().square().mean().sqrt()) if expected.numel() else 0.0
+    eps = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(y.cpu(), expected, rtol=eps, atol=max(eps / 16, 2e-6) * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (1, 33, 70), (17, 9, 200), (65, 130, 64)])
+def test_shapes(
+    M: int, N: int, K: int, threshold: float, with_bias: bool, dtype: torch.dtype, device: torch.device, matmul
+) -> None:
+    codes, row_stats = weight_8bit(N, K)
+    x = with_outliers(M, K, min(3, K), dtype)
+    bias = normal(N, seed=8, dtype=dtype) if with_bias else None
+    there = None if bias is None else bias.to(device)
+    y = matmul.linear_8bit(x.to(device), codes.to(device), row_stats.to(device), there, threshold)
+    assert_close(y, x, codes, row_stats, bias, threshold)
+
+
+@pytest.mark.parametrize("columns", [0, 1, 15, 16, 17, 40, 150])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_outlier_columns(columns: int, dtype: torch.dtype, device: torch.device, matmul) -> None:
+    codes, row_stats = weight_8bit(20, 150)
+    x = with_outliers(5, 150, columns, dtype)
+    assert int(rowwise.quantize_rows(x, 6.0).outlier_cols.sum()) == columns
+    y = matmul.linear_8bit(x.to(device), codes.to(device), row_stats.to(device), None, 6.0)
+    assert_close(y, x, codes, row_stats, None, 6.0)
+
+
+def test_without_outliers_bits_are_the_same(device: torch.device, matmul) -> None:
+    """No sums in float32 then: integers, and the same products in the same order."""
+    codes, row_stats = weight_8bit(40, 300)
+    x = normal(20, 300)
+    y = matmul.linear_8bit(x.to(device), codes.to(device), row_stats.to(device), None, 0.0)
+    assert torch.equal(y.cpu(), reference.linear_8bit(x, codes, row_stats, None, 0.0))
+
+
+def test_ranks_strides_and_nothing(device: torch.device, matmul) -> None:
+    codes, row_stats = (t.to(device) for t in weight_8bit(10, 64))
+    wide = with_outliers(12, 128, 9, torch.float16).view(6, 2, 128).to(device)
+    views = (wide[:, :, ::2], wide[:, 1, :64], wide[0, 0, :64], wide.transpose(0, 1)[..., :64], wide[:0, :, :64])
+    for x in views:
+        y = matmul.linear_8bit(x, codes, row_stats, None, 6.0)
+        assert y.shape == (*x.shape[:-1], 10)
+        assert torch.equal(y, matmul.linear_8bit(x.contiguous(), codes, row_stats, None, 6.0))
+
+
+@pytest.mark.parametrize("K", [1, 5, 1024, 1500])
+def test_list_of_columns(K: int, device: torch.device, matmul) -> None:
+    flags = torch.rand(K, generator=torch.Generator().manual_seed(K)) < 0.3
+    columns, count = matmul._list_columns(flags.to(device))
+    expected = flags.nonzero().view(-1)
+    assert count.tolist() == [len(expected)]
+    assert columns[: len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [0, 7, 300])
+@pytest.mark.parametrize("M", [1, 16, 33, 64, 65, 512])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (14336, 4096), (4097, 4095)])
+def test_real_shapes(M: int, N: int, K: int, columns: int, dtype: torch.dtype) -> None:
+    codes, row_stats = weight_8bit(N, K)
+    x, bias = with_outliers(M, K, columns, dtype), normal(N, seed=8, dtype=dtype)
+    y = linear_8bit(x.cuda(), codes.cuda(), row_stats.cuda(), bias.cuda(), 6.0)
+    assert_close(y, x, codes, row_stats, bias, 6.0)
+
+
+@pytest.mark.gpu
+def test_more_than_31_bits_of_weights() -> None:
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    K, N = 16384, 2**17 + 40
+    codes = torch.randint(-127, 128, (N, K), dtype=torch.int8, device="cuda")
+    row_stats = torch.rand(N, device="cuda")
+    x = with_outliers(3, K, 5, torch.bfloat16)
+    y = linear_8bit(x.cuda(), codes, row_stats, None, 6.0)
+    for part in (slice(0, 64), slice(2**17 - 16, 2**17 + 16), slice(N - 64, N)):
+        assert_close(y[:, part], x, codes[part].cpu(), row_stats[part].cpu(), None, 6.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 80])
+def test_captured_and_without_waiting(M: int) -> None:
+    """The graph is captured with no outlier in sight and replayed with forty."""
+    codes, row_stats = (t.cuda() for t in weight_8bit(256, 192))
+    x = with_outliers(M, 192, 0, torch.bfloat16).cuda()
+    other = with_outliers(M, 192, 40, torch.bfloat16, seed=4).cuda()
+    out = run_captured(lambda: linear_8bit(x, codes, row_stats, None, 6.0), lambda: x.copy_(other))
+    assert torch.equal(out, linear_8bit(other, codes, row_stats, None, 6.0))
+    assert_close(out, other.cpu(), codes.cpu(), row_stats.cpu(), None, 6.0)

@@ -1,0 +1,213 @@
+"""The quantizing kernels against their definitions in `onegpu.formats`: the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.cases import DTYPES, normal, run_captured
+from onegpu.config import BLOCKSIZES
+from onegpu.formats import blockwise, codebooks, rowwise
+from onegpu.kernels import quantize_4bit, quantize_8bit_rows
+
+
+@pytest.fixture
+def quantize(device: torch.device):
+    from onegpu.kernels import quantize
+
+    return quantize
+
+
+class TestQuantize4bit:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    @pytest.mark.parametrize("shape", [(1, 1), (7, 45), (33, 128), (3, 2, 50)])
+    def test_bytes(
+        self, dtype: torch.dtype, quant_type: str, shape: tuple[int, ...], device: torch.device, quantize
+    ) -> None:
+        weight = normal(*shape, dtype=dtype)
+        packed, absmax = quantize.quantize_4bit(weight.to(device), quant_type, 64)
+        expected = blockwise.quantize_4bit(weight, quant_type, 64)
+        assert torch.equal(packed.cpu(), expected[0])
+        assert torch.equal(absmax.cpu(), expected[1])
+
+    @pytest.mark.parametrize("blocksize", BLOCKSIZES)
+    def test_every_blocksize(self, blocksize: int, device: torch.device, quantize) -> None:
+        weight = normal(71, 73)
+        packed, absmax = quantize.quantize_4bit(weight.to(device), "nf4", blocksize)
+        expected = blockwise.quantize_4bit(weight, "nf4", blocksize)
+        assert torch.equal(packed.cpu(), expected[0])
+        assert torch.equal(absmax.cpu(), expected[1])
+
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    def test_thresholds_and_their_neighbours(self, quant_type: str, device: torch.device, quantize) -> None:
+        steps = codebooks.boundaries(quant_type)
+        near = [steps, torch.nextafter(steps, torch.tensor(2.0)), torch.nextafter(steps, torch.tensor(-2.0))]
+        values = torch.cat([*near, *(-t for t in near), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1.0])])
+        blocks = torch.ones(len(values), 32)
+        blocks[:, 3] = values
+        packed, _ = quantize.quantize_4bit(blocks.to(device), quant_type, 32)
+        assert torch.equal(packed.cpu(), blockwise.quantize_4bit(blocks, quant_type, 32)[0])
+
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+    def test_edges(self, quant_type: str, device: torch.device, quantize) -> None:
+        """Zero, tiny, huge and broken blocks."""
+        weight = torch.zeros(8, 64)
+        weight[1] = 1e-40
+        weight[2, 7] = 2.0**-126
+        weight[3] = normal(64) * 1e-38
+        weight[4] = normal(64).sign() * torch.finfo(torch.float32).max
+        weight[5, 3] = float("nan")
+        weight[6, 3] = float("inf")
+        weight[7] = -normal(64).abs()
+        packed, absmax = quantize.quantize_4bit(weight.to(device), quant_type, 64)
+        expected = blockwise.quantize_4bit(weight, quant_type, 64)
+        assert torch.equal(packed.cpu(), expected[0])
+        assert torch.equal(absmax.cpu(), expected[1])
+
+    def test_strided(self, device: torch.device, quantize) -> None:
+        weight = normal(64, 40).to(device).t()
+        packed, absmax = quantize.quantize_4bit(weight, "nf4", 64)
+        expected = blockwise.quantize_4bit(weight.cpu(), "nf4", 64)
+        assert torch.equal(packed.cpu(), expected[0])
+        assert torch.equal(absmax.cpu(), expected[1])
+
+    def test_empty(self, device: torch.device, quantize) -> None:
+        packed, absmax = quantize.quantize_4bit(torch.empty(0, 5, device=device), "nf4", 64)
+        assert packed.shape == absmax.shape == (0,)
+
+
+def squared_errors(
+    weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, quant_type: str, importance: torch.Tensor | None
+) -> torch.Tensor:
+    """Error of each block of 64 in float64; weight of whole blocks."""
+    back = blockwise.dequantize_4bit(packed.cpu(), absmax.cpu(), weight.shape, torch.float32, quant_type, 64)
+    error = (back.double() - weight.double()).square()
+    return (error if importance is None else error * importance).view(-1, 64).sum(1)
+
+
+class TestScaleSearch:
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    @pytest.mark.parametrize("importance", ["none", "columns", "elements"])
+    def test_as_good_as_the_definition(self, quant_type: str, importance: str, device: torch.device, quantize) -> None:
+        """Sums run in another order, so a near tie may fall the other way; the error may not grow by it."""
+        weight = normal(96, 128)
+        shape = {"none": None, "columns": (128,), "elements": (96, 128)}[importance]
+        importances = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(1))
+        there = None if importances is None else importances.to(device)
+        packed, absmax = quantize.quantize_4bit(weight.to(device), quant_type, 64, True, there)
+        expected = blockwise.quantize_4bit(weight, quant_type, 64, scale_search=True, importance=importances)
+        assert (absmax.cpu() != expected[1]).float().mean() <= 0.02
+        ours = squared_errors(weight, packed, absmax, quant_type, importances)
+        theirs = squared_errors(weight, *expected, quant_type, importances)
+        plain = squared_errors(weight, *blockwise.quantize_4bit(weight, quant_type, 64), quant_type, importances)
+        torch.testing.assert_close(ours.sum(), theirs.sum(), rtol=1e-4, atol=0)
+        assert (ours <= plain * (1 + 1e-5)).all()
+        assert ours.sum() < plain.sum() * 0.97
+
+    def test_zero_blocks_and_tails(self, device: torch.device, quantize) -> None:
+        weight = normal(1, 150)
+        weight[:, 64:128] = 0
+        packed, absmax = quantize.quantize_4bit(weight.to(device), "nf4", 64, True)
+        expected = blockwise.quantize_4bit(weight, "nf4", 64, scale_search=True)
+        assert torch.equal(packed.cpu()[32:64], torch.full((32,), 0x77, dtype=torch.uint8))
+        torch.testing.assert_close(absmax.cpu(), expected[1], rtol=0, atol=0)
+
+
+class TestQuantize8bitRows:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("threshold", [0.0, 1.0, 6.0])
+    @pytest.mark.parametrize(("M", "K"), [(1, 1), (5, 33), (3, 1100)])
+    def test_bytes(self, dtype: torch.dtype, threshold: float, M: int, K: int, device: torch.device, quantize) -> None:
+        x = normal(M, K, dtype=dtype)
+        x[0, K // 2] = 6.0
+        for ours, expected in zip(
+            quantize.quantize_8bit_rows(x.to(device), threshold), rowwise.quantize_rows(x, threshold), strict=True
+        ):
+            assert ours.dtype == expected.dtype
+            assert torch.equal(ours.cpu(), expected)
+
+    def test_ties_and_edges(self, device: torch.device, quantize) -> None:
+        x = torch.zeros(6, 8)
+        x[0] = torch.tensor([127, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -126.5])
+        x[2, 1] = float("nan")
+        x[3, 1] = float("inf")
+        x[4] = torch.tensor([1e30, -1e30, 65504, 65519, 65520, 1, 0, -1])
+        x[5] = 1e-8
+        for threshold in (0.0, 5.996, 6.0, 1e9):
+            ours = quantize.quantize_8bit_rows(x.to(device), threshold)
+            expected = rowwise.quantize_rows(x, threshold)
+            for a, b in zip(ours, expected, strict=True):
+                torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+    def test_the_threshold_is_a_float16(self, device: torch.device, quantize) -> None:
+        """5.9995 rounds up to 6 in float16, and 6 itself is an outlier of 6."""
+        x = torch.tensor([[5.9995, 6.0, 5.99, -6.0]])
+        assert quantize.quantize_8bit_rows(x.to(device), 6.0)[2].tolist() == [True, True, False, True]
+
+    def test_strided_and_empty(self, device: torch.device, quantize) -> None:
+        x = normal(40, 12)
+        for view in (x.t(), x[:, ::3], x[:0], x[:, :0]):
+            ours = quantize.quantize_8bit_rows(view.to(device), 1.0)
+            for a, b in zip(ours, rowwise.quantize_rows(view, 1.0), strict=True):
+                assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4097, 4095)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_shapes_4bit(dtype: torch.dtype, shape: tuple[int, int], quant_type: str) -> None:
+    weight = normal(*shape, dtype=dtype) * 0.02
+    packed, absmax = quantize_4bit(weight.cuda(), quant_type, 64)
+    expected = blockwise.quantize_4bit(weight, quant_type, 64)
+    assert torch.equal(packed.cpu(), expected[0])
+    assert torch.equal(absmax.cpu(), expected[1])
+    nested, expected_nested = blockwise.quantize_absmax(absmax), blockwise.quantize_absmax(expected[1])
+    # The mean may differ in its last bit; the codes then differ in a few near ties.
+    torch.testing.assert_close(nested.offset.cpu(), expected_nested.offset, rtol=2e-7, atol=0)
+    assert (nested.codes.cpu() != expected_nested.codes).float().mean() <= 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("shape", [(4096, 4096), (257, 14336), (1, 4095)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_shapes_8bit(dtype: torch.dtype, shape: tuple[int, int], threshold: float) -> None:
+    x = normal(*shape, dtype=dtype) * 1.7
+    ours = quantize_8bit_rows(x.cuda(), threshold)
+    for a, b in zip(ours, rowwise.quantize_rows(x, threshold), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.gpu
+def test_more_than_31_bits_of_elements() -> None:
+    n = 2**31 + 2**16 + 3
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    weight = torch.empty(n, dtype=torch.bfloat16, device="cuda").normal_()
+    packed, absmax = quantize_4bit(weight, "nf4", 64)
+    for first, last in ((n - 4099, n), (2**31 - 4096, 2**31 + 4096)):
+        first = first // 64 * 64
+        expected = blockwise.quantize_4bit(weight[first:last].cpu(), "nf4", 64)
+        assert torch.equal(packed[first // 2 : -(-last // 2)].cpu(), expected[0])
+        assert torch.equal(absmax[first // 64 : -(-last // 64)].cpu(), expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("search", [False, True])
+def test_captured_and_without_waiting_4bit(search: bool) -> None:
+    weight = normal(256, 192).cuda()
+    other = normal(256, 192, seed=3).cuda()
+    out = run_captured(lambda: quantize_4bit(weight, "nf4", 64, search), lambda: weight.copy_(other))
+    for a, b in zip(out, quantize_4bit(other, "nf4", 64, search), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_captured_and_without_waiting_8bit() -> None:
+    x, other = normal(64, 300).cuda(), normal(64, 300, seed=3).cuda()
+    out = run_captured(lambda: quantize_8bit_rows(x, 3.0), lambda: x.copy_(other))
+    for a, b in zip(out, quantize_8bit_rows(other, 3.0), strict=True):
+        assert torch.equal(a, b)
