@@ -18,7 +18,7 @@ from onegpu.cli.options import Debug
 __all__ = ["build_app", "main"]
 
 
-def start(debug: Debug = False) -> None:
+def start(debug: Debug = False) -> None:  # noqa: ARG001  (read by Commands.invoke)
     """Run any Transformers model small and fast on the one GPU you have."""
     spare_progress_bars()
 

@@ -12,7 +12,6 @@ from onegpu.cli.models import Loaded
 from onegpu.cli.options import Sampling
 from onegpu.cli.streaming import TextStream
 from onegpu.errors import ConfigError
-from onegpu.loading.placement import format_bytes
 
 __all__ = ["Answer", "Message", "answer", "as_document", "closing_line", "messages_for"]
 
@@ -87,6 +86,8 @@ def end_tokens(model: Any) -> set[int]:
 
 def closing_line(loaded: Loaded, given: Answer) -> str:
     """Format, bytes before and after, load time, first token, decode speed, device: what was measured, in one line."""
+    from onegpu.loading.placement import format_bytes
+
     before, after = dense_bytes(loaded.model.config), weight_bytes(loaded.model)
     speed = given.timing.tokens_per_second
     return " · ".join(

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from onegpu.cli.errors import Commands
 from onegpu.cli.options import AsJson, Device, Model, RemoteCode
 
 __all__ = ["build_app"]
@@ -18,7 +17,7 @@ PEERS = "bitsandbytes:nf4"
 
 def build_app() -> typer.Typer:
     """The `bench` family."""
-    app = typer.Typer(cls=Commands, no_args_is_help=True, help="Measure speed on this machine.")
+    app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
     app.callback()(family)
     app.command("generate")(generate)
     return app

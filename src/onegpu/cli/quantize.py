@@ -40,7 +40,6 @@ def quantize(
     from onegpu.bench.measure import dense_bytes, weight_bytes
     from onegpu.cli.console import print_document, say
     from onegpu.cli.models import ModelName, load
-    from onegpu.loading.placement import format_bytes
 
     config = quant_config(quantization, double_quant, scale_search)
     if config is None:
@@ -48,6 +47,8 @@ def quantize(
     name = ModelName.parse(model)
     check_target(out_dir, name.name, force)
     loaded = load(name, config, chosen=True, device=device, trust_remote_code=trust_remote_code)
+    from onegpu.loading.placement import format_bytes
+
     begun = time.perf_counter()
     save(loaded.model, loaded.tokenizer, out_dir)
     before, after = dense_bytes(loaded.model.config), sum(path.stat().st_size for path in out_dir.glob("*.safetensors"))

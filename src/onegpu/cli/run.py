@@ -48,10 +48,11 @@ def run(
     from onegpu.cli.errors import INTERRUPTED
     from onegpu.cli.models import ModelName, load
 
+    name = ModelName.parse(model)
     config = quant_config(quantization, double_quant, scale_search)
-    messages = messages_for(read_prompt(prompt), system)
     chosen = quantization is not None or double_quant or scale_search
-    loaded = load(ModelName.parse(model), config, chosen=chosen, device=device, trust_remote_code=trust_remote_code)
+    messages = messages_for(read_prompt(prompt), system)
+    loaded = load(name, config, chosen=chosen, device=device, trust_remote_code=trust_remote_code)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     given = answer(loaded, messages, sampling, (lambda _: None) if as_json else to_stdout)
     if as_json:
