@@ -67,7 +67,8 @@ class TestLinear4bit:
         together = linear_4bit(x, weight.packed, weight.absmax, None, *weight.args)
         alone = torch.cat([linear_4bit(row[None], weight.packed, weight.absmax, None, *weight.args) for row in x])
         summed = x.double().abs() @ weight.dense(torch.float32).double().abs().T
-        budget = torch.finfo(dtype).eps * together.double().abs() + 2.0**-23 * summed
+        # Rounding errors of 192 additions in a row grow about as the root of their number.
+        budget = torch.finfo(dtype).eps * together.double().abs() + 2.0**-24 * 192**0.5 * summed
         assert ((alone.double() - together.double()).abs() <= budget).all()
         if dtype != torch.float32:
             assert (alone != together).float().mean() < 0.01
