@@ -42,7 +42,7 @@ def byte_tokenizer() -> Any:
     )
 
 
-def tiny_llama(**changes: Any) -> Any:
+def tiny_llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     """A random Llama over the byte vocabulary; its matrices have a real spread, so that formats differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,7 +68,7 @@ def tiny_llama(**changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 1.0 / parameter.shape[-1] ** 0.5)
-    return model.to(torch.bfloat16).eval()
+    return model.to(dtype).eval()
 
 
 def save_tiny(folder: Path, *, chat: bool = True, **changes: Any) -> Path:
