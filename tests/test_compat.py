@@ -95,7 +95,7 @@ def test_bitsandbytes_config_as_it_is(folder: Path, tmp_path: Path) -> None:
 def test_float32_by_default_is_nobodys_wish(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     layer = model.model.layers[0].mlp.up_proj
-    assert (layer.spec.quant_type, layer.compute_dtype) == ("fp4", None)
+    assert (layer.spec.quant_type, layer.compute_dtype) == ("fp4", torch.bfloat16)
     assert model(torch.arange(6)[None]).logits.dtype == torch.bfloat16
 
 

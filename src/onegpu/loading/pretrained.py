@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,8 @@ def quantized_arguments(config: Any, wanted: QuantConfig | None, kwargs: dict[st
                 "config.json says quant_method bitsandbytes, but neither load_in_4bit nor load_in_8bit is true",
                 "exactly one of them must be",
             )
+        if any(kwargs.get(key) not in (None, "auto") for key in ("dtype", "torch_dtype")):
+            given = replace(given, compute_dtype=None)  # a dtype said now outweighs the one written then
         quant = with_overrides(given, wanted)
         holder = config if getattr(config, "quantization_config", None) is not None else config.get_text_config()
         holder.quantization_config = {

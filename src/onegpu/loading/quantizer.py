@@ -103,14 +103,21 @@ class OneGpuQuantizer(HfQuantizer):
         self.max_memory = dict(max_memory)
         return max_memory
 
+    def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+        self.dtype = dtype or self.dtype
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the products are computed in: what the config says, else the model's dtype."""
+        return dtype_named(self.quant.compute_dtype) if self.quant.compute_dtype else self.dtype
+
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,
-        dtype: torch.dtype | None = None,
         checkpoint_files: Iterable[str] | None = None,
         **_: Any,
     ) -> nn.Module:
-        self.dtype = dtype or torch.bfloat16
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         checkpoint = open_checkpoint(files)
         found = self.locate(model, checkpoint.quantized_specs(), checkpoint.tensors) if self.pre_quantized else None
@@ -120,10 +127,7 @@ class OneGpuQuantizer(HfQuantizer):
                 "config.json says the checkpoint is quantized, but no tensor in it is",
                 "the quantization tensors were lost when it was saved; quantize again from the original checkpoint",
             )
-        compute = self.quant.compute_dtype
-        convert(
-            model, self.conversion, compute_dtype=dtype_named(compute) if compute else None, packed=self.pre_quantized
-        )
+        convert(model, self.conversion, compute_dtype=self.compute_dtype, packed=self.pre_quantized)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.bytes_on = self.count_bytes(model)
         return model
@@ -279,8 +283,7 @@ class OneGpuQuantizer(HfQuantizer):
             if not isinstance(entry, WeightConverter) or not touches(entry, quantized)
         ]
         skip = [kept.name.removesuffix(".weight") for kept in self.conversion.kept]
-        compute = dtype_named(self.quant.compute_dtype) if self.quant.compute_dtype else self.dtype
-        public = bitsandbytes_config(self.quant, skip, compute)
+        public = bitsandbytes_config(self.quant, skip, self.compute_dtype)
         self.quantization_config = model.config.quantization_config = public
         model.quantization_method = METHOD
         model.__class__ = atomic_class(type(model))
