@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from formats.vectors import cases, sha256, tensors
@@ -18,8 +16,6 @@ from onegpu.formats.bitsandbytes import (
     COMPANIONS_8BIT,
     QuantState,
     bytes_of,
-    decode_quant_state,
-    encode_quant_state,
     from_tensors_4bit,
     from_tensors_8bit,
     quantized_name,
@@ -156,36 +152,7 @@ def test_we_read_int8_that_bitsandbytes_writes() -> None:
     assert torch.equal(row_stats, expected.row_stats)
 
 
-# --- names and JSON ---
-
-
-def test_the_json_is_spelled_as_bitsandbytes_does() -> None:
-    state = QuantState("nf4", 64, "bfloat16", (64, 128))
-    assert bytes(encode_quant_state(state).tolist()).decode() == (
-        '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 128]}'
-    )
-    nested = QuantState("fp4", 128, "float16", (3,), nested_offset=0.05335426330566406)
-    assert bytes(encode_quant_state(nested).tolist()).decode() == (
-        '{"quant_type": "fp4", "blocksize": 128, "dtype": "float16", "shape": [3], "nested_blocksize": 256, '
-        '"nested_dtype": "float32", "nested_offset": 0.05335426330566406}'
-    )
-
-
-@settings(deadline=None)
-@given(
-    shape=st.lists(st.integers(0, 2**40), max_size=8),
-    blocksize=st.sampled_from([32, 64, 4096]),
-    offset=st.none() | st.floats(width=32, allow_nan=False, allow_infinity=False),
-)
-def test_states_round_trip(shape: list[int], blocksize: int, offset: float | None) -> None:
-    state = QuantState("fp4", blocksize, "float32", tuple(shape), offset)
-    assert decode_quant_state(encode_quant_state(state), "w") == state
-    assert state.num_elements == math.prod(shape)
-
-
-def test_unknown_keys_and_any_whitespace_are_read() -> None:
-    text = '{ "future":[1],\n"shape":[2,3],"dtype":"float16", "blocksize":64,"quant_type":"nf4"}'
-    assert decode_quant_state(blob(text), "w") == QuantState("nf4", 64, "float16", (2, 3))
+# --- names ---
 
 
 def test_a_residual_dtype_of_16_bit_is_widened() -> None:
@@ -258,33 +225,6 @@ def test_headers_alone_are_enough_to_check_lengths() -> None:
 
 
 # --- refusals ---
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "not JSON text: Expecting value"),
-        ("{", "not JSON text"),
-        ("[1]", "must be a JSON object, got list"),
-        ("nul", "not JSON text"),
-        ("[" * 50000, "not JSON text"),
-        ("\x00", "not JSON text"),
-        ('{"quant_type": ' + "1" * 5000 + "}", "its quant_(state is not JSON text|type must be 'nf4' or 'fp4', got 1)"),
-        (" " * 65537, "its quant_state must have at most 65536 bytes, got 65537"),
-        ("{}", "its quant_type must be 'nf4' or 'fp4', got nothing"),
-    ],
-    ids=["empty", "cut", "list", "word", "deep", "zero", "long number", "long", "bare"],
-)
-def test_text_that_is_no_state(text: str, words: str) -> None:
-    with pytest.raises(CheckpointError, match=f"quantized tensor 'w'.*{words}"):
-        decode_quant_state(blob(text), "w")
-
-
-def test_bytes_that_are_no_text() -> None:
-    with pytest.raises(CheckpointError, match="not JSON text: 'utf-8' codec"):
-        decode_quant_state(torch.tensor([0xFF, 0xFE], dtype=torch.uint8), "w")
-    with pytest.raises(CheckpointError, match=r"its quant_state must be uint8 \[L\], got float32 \[2\]"):
-        decode_quant_state(torch.zeros(2), "w")
 
 
 HUGE = 10**30
@@ -427,13 +367,6 @@ def test_another_codebook_is_refused_but_the_sign_of_zero_is_not() -> None:
         CheckpointError, match=r"is not the fp4 codebook[\s\S]*dequantize with the program that wrote it"
     ):
         from_tensors_4bit(NAME, family)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.binary(max_size=200))
-def test_no_bytes_do_worse_than_a_refusal(data: bytes) -> None:
-    with pytest.raises(CheckpointError):
-        decode_quant_state(torch.tensor(list(data), dtype=torch.uint8), "w")
 
 
 @pytest.mark.parametrize(("number", "layout"), [(1, "col32"), (2, "col_turing"), (3, "col_ampere"), (9, "unknown")])

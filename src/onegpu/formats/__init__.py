@@ -5,6 +5,7 @@
     blockwise       NF4 and FP4 weights, nested scales
     scale_search    better scales for the same format
     rowwise         LLM.int8() rows
+    quant_state     the JSON text beside a 4-bit tensor
     bitsandbytes    tensors as bitsandbytes names, reads and writes them
 
 Plain torch on any device: these are the definitions that the kernels are held to.
@@ -15,10 +16,7 @@ from __future__ import annotations
 from onegpu.formats.bitsandbytes import (
     COMPANIONS_4BIT,
     COMPANIONS_8BIT,
-    QuantState,
     bytes_of,
-    decode_quant_state,
-    encode_quant_state,
     from_tensors_4bit,
     from_tensors_8bit,
     quantized_name,
@@ -37,6 +35,7 @@ from onegpu.formats.blockwise import (
 )
 from onegpu.formats.codebooks import boundaries, codebook, dynamic_map
 from onegpu.formats.packing import pack, packed_bytes, unpack
+from onegpu.formats.quant_state import QuantState, decode_quant_state, encode_quant_state
 from onegpu.formats.rowwise import RowQuantized, dequantize_rows, quantize_rows
 from onegpu.formats.scale_search import search_scale
 

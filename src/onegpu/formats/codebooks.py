@@ -202,4 +202,4 @@ def _look_up(table: tuple[float, ...], index: Tensor) -> Tensor:
 
 def _table(values: tuple[float, ...], device: torch.device | str | None) -> Tensor:
     # Not torch.tensor(device=...), which makes the host wait for the GPU.
-    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
