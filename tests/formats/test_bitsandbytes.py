@@ -14,7 +14,6 @@ from onegpu.errors import ArgumentError, CheckpointError
 from onegpu.formats.bitsandbytes import (
     COMPANIONS_4BIT,
     COMPANIONS_8BIT,
-    QuantState,
     bytes_of,
     from_tensors_4bit,
     from_tensors_8bit,
@@ -30,6 +29,7 @@ from onegpu.formats.blockwise import (
     quantize_4bit,
     quantize_absmax,
 )
+from onegpu.formats.quant_state import QuantState
 from onegpu.formats.rowwise import quantize_rows
 
 STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
