@@ -5,6 +5,7 @@ Each is an object, not a closure, so that a deep copy of the model has copies th
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,8 @@ class MethodCall:
         self.name = name
         self.previous = module.__dict__.get(name)
         self.removed = False
+        # What others read off `model.forward` (Trainer, pipelines, sentence-transformers) is the original's.
+        self.__signature__ = inspect.signature(getattr(module, name))
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """Call what was there before."""

@@ -200,8 +200,6 @@ def prove_stack(stack: Stack) -> tuple[bool, str | None]:
             mine = floats(stack.tower(**batch))
     except Exception as error:
         return False, f"without padding it failed: {type(error).__name__}: {error}"
-    finally:
-        stack.run = None
     if not any(key.startswith(("direct", "deferred")) for key in stack.outcomes):
         return False, next(iter(stack.outcomes), "plain: its layers were never reached").partition(": ")[2]
     mask = batch["attention_mask"].bool()

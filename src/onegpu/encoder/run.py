@@ -220,7 +220,7 @@ class Run:
         if self.mode == "direct" and self.stack.learned is None and self.shapes:
             self.stack.learned = Learned(tuple(self.shapes), self.chained)
         if self.is_plain or self.batch is None or not self.mode:
-            return None
+            return output
         batch = self.batch
         tokens = batch.indices.numel()
 

@@ -5,7 +5,8 @@
     layer   its forward is taken over: unpadded tokens go in, or the call is noted down to be run later
     inside  attention and bias of some architectures (`adapters`), fused parts (`fuse`)
 
-At rest nothing but hooks and methods is there: class, config, weights and state dict are the plain model's.
+Each place is a method set on one module (`calls`). At rest there is nothing else: class, config, weights and state dict
+are the plain model's.
 """
 
 from __future__ import annotations
@@ -68,37 +69,30 @@ class Stack:
     outcomes: Counter[str] = field(default_factory=Counter)  # how each forward went, in words
     calls: list[MethodCall] = field(default_factory=list)
     fused: list[Any] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
     enabled: bool = True
-    saved: list[tuple[Any, Any]] = field(default_factory=list)
+    entered: bool = False  # inside the tower's forward, and not on the plain way
+    implementation: str = IMPLEMENTATION
 
     def install(self) -> None:
-        """Set hooks and methods."""
+        """Set the methods."""
         register()
-        self.calls = [*(LayerCall(layer, self) for layer in self.layers), *adapters_for(self)]
-        for call in self.calls:
+        own = any(type(m).__name__ in OWN_ATTENTION for layer in self.layers for m in layer.modules())
+        self.implementation = ADDITIVE if own else IMPLEMENTATION
+        calls: list[MethodCall] = [LayerCall(layer, self) for layer in self.layers]
+        calls += adapters_for(self)
+        for call in calls:
             call.install()
-        self.handles = [
-            self.tower.register_forward_pre_hook(TowerEntrance(self), with_kwargs=True),
-            self.owner.register_forward_pre_hook(OwnerEntrance(self), with_kwargs=True),
-            self.owner.register_forward_hook(OwnerExit(self), with_kwargs=True, always_call=True),
-            self.tower.register_forward_hook(TowerExit(self), with_kwargs=True, always_call=True),
-        ]
+        for make, module in ((OwnerCall, self.owner), (TowerCall, self.tower)):
+            calls.append(make(module, self))
+            calls[-1].install()
+        self.calls = calls
 
     def remove(self) -> None:
-        """Take every hook and method away again."""
-        for handle in self.handles:
-            handle.remove()
+        """Take every method away again."""
         for call in reversed(self.calls):
             call.remove()
         self.graphs.clear()
-        self.handles, self.calls = [], []
-
-    @property
-    def implementation(self) -> str:
-        """The attention that a tower is given for the time of a forward."""
-        own = any(type(m).__name__ in OWN_ATTENTION for layer in self.layers for m in layer.modules())
-        return ADDITIVE if own else IMPLEMENTATION
+        self.calls = []
 
     def why_plain(self, kwargs: dict[str, Any]) -> str | None:
         """A reason to let this forward be the plain model's, as far as the arguments tell it."""
@@ -115,27 +109,59 @@ class Stack:
         return None
 
 
-@dataclass(slots=True)
-class TowerEntrance:
-    """Before the tower: refuse what cannot fit, and set the attention for this forward."""
+class TowerCall(MethodCall):
+    """The forward of the tower: refuse what cannot fit, and set the attention for its time, also if it fails.
 
-    stack: Stack
+    A method, not a hook: some callers, sentence-transformers among them, call `forward` past the hooks.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, module: nn.Module, stack: Stack) -> None:
+        super().__init__(module)
+        self.stack = stack
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self.stack
+        if self.removed:
+            return self.plain(*args, **kwargs)
         check_shapes(args, kwargs)
         reason = stack.why_plain(kwargs)
         if reason is not None:
             stack.outcomes[f"plain: {reason}"] += 1
-            return
-        name = stack.implementation
-        seen: set[int] = set()
-        for part in module.modules():
-            config = getattr(part, "config", None)
-            if id(config) not in seen and hasattr(config, "_attn_implementation_internal"):
-                seen.add(id(config))
-                stack.saved.append((config, config._attn_implementation_internal))
-                config._attn_implementation_internal = name
+            return self.plain(*args, **kwargs)
+        before = [(config, config._attn_implementation_internal) for config in configs_of(self.module)]
+        try:
+            for config, _ in before:
+                config._attn_implementation_internal = stack.implementation
+            stack.entered = True
+            return self.plain(*args, **kwargs)
+        finally:
+            stack.entered, stack.run = False, None
+            for config, implementation in before:
+                config._attn_implementation_internal = implementation
+
+
+def configs_of(tower: nn.Module) -> list[Any]:
+    """The configs that attention modules of a tower look into, each once."""
+    found = {id(config): config for part in tower.modules() if (config := getattr(part, "config", None)) is not None}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
+class OwnerCall(MethodCall):
+    """The forward of the module that runs the layers: a run begins, and what is unpadded is padded again, once."""
+
+    def __init__(self, module: nn.Module, stack: Stack) -> None:
+        super().__init__(module)
+        self.stack = stack
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stack = self.stack
+        if self.removed or not stack.entered:
+            return self.plain(*args, **kwargs)
+        stack.run = run = Run(stack)
+        try:
+            return run.finish(self.plain(*args, **kwargs))
+        finally:
+            stack.run = None
 
 
 def check_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -149,38 +175,3 @@ def check_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             f"attention_mask must have the shape of input_ids, {list(ids.shape)}; got {list(mask.shape)}",
             "pass the mask that the tokenizer returned with these ids",
         )
-
-
-@dataclass(slots=True)
-class TowerExit:
-    """After the tower, also after an error: the config is as it was."""
-
-    stack: Stack
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        while self.stack.saved:
-            config, implementation = self.stack.saved.pop()
-            config._attn_implementation_internal = implementation
-
-
-@dataclass(slots=True)
-class OwnerEntrance:
-    """Before the layers: a run begins, unless the tower has chosen the plain way."""
-
-    stack: Stack
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.stack.run = Run(self.stack) if self.stack.saved else None
-
-
-@dataclass(slots=True)
-class OwnerExit:
-    """After the layers: what is unpadded is padded again, once."""
-
-    stack: Stack
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        run, self.stack.run = self.stack.run, None
-        if run is None or output is None:
-            return None
-        return run.finish(output)
