@@ -12,23 +12,23 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|end|>", "<|start|>")
-MERGE = ("z", "z")  # byte-level BPE files have at least one
+MERGES = (("z", "z"), ("zz", "z"))  # files of byte-level BPE have some
 
 
 def byte_vocabulary() -> list[str]:
-    """The specials, one token per byte in the alphabet of byte-level BPE, and the one merge."""
+    """The specials, one token per byte in the alphabet of byte-level BPE, and the merges."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    return [*SPECIAL, *sorted(ByteLevel.alphabet()), "".join(MERGE)]
+    return [*SPECIAL, *sorted(ByteLevel.alphabet()), *map("".join, MERGES)]
 
 
 def byte_tokenizer() -> Any:
-    """One token per UTF-8 byte (and one for zz), so that any text can be written and read back."""
+    """One token per UTF-8 byte (and one for zz and zzz), so that any text can be written and read back."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: index for index, token in enumerate(byte_vocabulary())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[MERGE]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(MERGES)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -46,10 +46,9 @@ def tiny_llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     """A random Llama over the byte vocabulary; its matrices have a real spread, so that formats differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
     config = LlamaConfig(
         **{
-            "vocab_size": 259,
+            "vocab_size": 260,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
@@ -64,6 +63,7 @@ def tiny_llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
         | changes
     )
     model = LlamaForCausalLM(config)
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

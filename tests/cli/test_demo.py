@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onegpu.cli import demo_model
 from onegpu.cli.demo_model import demo_checkpoint, find_gguf
 from onegpu.errors import CheckpointError, NotFoundError, SaveError
-from tiny_checkpoint import CHAT_TEMPLATE, MERGE, byte_vocabulary, tiny_llama
+from tiny_checkpoint import CHAT_TEMPLATE, MERGES, byte_vocabulary, tiny_llama
 
 gguf = pytest.importorskip("gguf")
 
@@ -46,7 +46,7 @@ def write_gguf(path: Path, *, template: str | None = CHAT_TEMPLATE) -> Any:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in vocabulary])
-    writer.add_token_merges([" ".join(MERGE)])
+    writer.add_token_merges([" ".join(pair) for pair in MERGES])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
