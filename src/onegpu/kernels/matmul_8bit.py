@@ -139,7 +139,8 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
     bias = None if bias is None else bias.detach().contiguous()
     has_outliers = threshold > 0
     columns, count = _list_columns(outlier_cols) if has_outliers else (x_stats, x_stats)
-    tiles = _configure(M, narrow=has_outliers and x.dtype == torch.float32)
+    narrow = (has_outliers and x.dtype == torch.float32) or torch.version.hip is not None
+    tiles = _configure(M, narrow=narrow)
     with on_device_of(x):
         int8_kernel[(triton.cdiv(N, tiles["BLOCK_N"]), triton.cdiv(M, tiles["BLOCK_M"]))](
             rows,
@@ -179,7 +180,7 @@ def _configure(M: int, *, narrow: bool) -> dict[str, int]:
     """Tile sizes by rows of x. They fit the 99 KiB of shared memory of consumer cards, and 255 registers a thread.
 
     Args:
-        narrow: the outlier loop works on float32, whose three parts need the registers of half a tile.
+        narrow: half as wide, for the three parts of float32 outliers, and for AMD's 64 KiB of shared memory.
     """
     if M <= 16:
         return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
@@ -187,4 +188,4 @@ def _configure(M: int, *, narrow: bool) -> dict[str, int]:
         return {"BLOCK_M": triton.next_power_of_2(M), "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     if narrow:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
