@@ -10,11 +10,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onegpu.config import BLOCKSIZES
-from onegpu.errors import UnsupportedError
+from onegpu.errors import ArgumentError, ConfigError, UnsupportedError
 from onegpu.formats import blockwise, codebooks, packing
-from onegpu.kernels import cpu_4bit, linear_4bit
+from onegpu.kernels import cpu_4bit, linear_4bit, ops
 
 pytest.importorskip("llvmlite", minversion="0.45")
 
@@ -236,9 +239,21 @@ def test_equals_dequantizing_and_multiplying() -> None:
     torch.testing.assert_close(y, x @ plain.T, rtol=1e-5, atol=1e-5)
 
 
+class Seen(TorchDispatchMode):
+    """Notes which operators pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 READS_TO_THE_EDGE = """
 import ctypes, mmap, torch
-from onegpu.kernels import cpu_4bit, linear_4bit
+from onegpu.kernels import cpu_4bit, linear_4bit, ops
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -292,17 +307,22 @@ class TestRefusals:
             ({"x": torch.zeros(1, 60)}, "K = 60 is not a positive multiple of 8"),
             ({"x": torch.zeros(())}, "K = 0"),
             ({"blocksize": 48}, "blocksize = 48 is not one of"),
-            ({"packed": torch.zeros(255, dtype=torch.uint8)}, "packed is torch.uint8 of 255 elements, .* of 256"),
+            (
+                {"packed": torch.zeros(255, dtype=torch.uint8)},
+                r"packed is torch.uint8 \[255\], not torch.uint8 \[256\]",
+            ),
+            ({"packed": torch.zeros(256, 1, dtype=torch.uint8)}, r"packed is torch.uint8 \[256, 1\]"),
             ({"packed": torch.zeros(512, dtype=torch.uint8)[::2]}, "packed is not contiguous"),
-            ({"absmax": torch.zeros(7)}, "absmax is torch.float32 of 7 elements, .* of 8"),
+            ({"absmax": torch.zeros(7)}, r"absmax is torch.float32 \[7\], not torch.float32 \[8\]"),
             ({"absmax": torch.zeros(8, dtype=torch.bfloat16)}, "absmax is torch.bfloat16"),
-            ({"bias": torch.zeros(9)}, "bias is torch.float32 of 9"),
+            ({"bias": torch.zeros(9)}, r"bias is torch.float32 \[9\]"),
             ({"bias": torch.zeros(8, dtype=torch.float64)}, "bias is torch.float64"),
-            ({"nested_absmax": torch.zeros(1)}, "absmax is torch.float32 .* not torch.uint8"),
+            ({"nested_absmax": torch.zeros(1)}, r"absmax is torch.float32 .* not torch.uint8"),
             (
                 {"absmax": torch.zeros(8, dtype=torch.uint8), "nested_absmax": torch.zeros(1)},
                 "nested_code is missing",
             ),
+            ({"nested_code": torch.zeros(256)}, "nested_absmax is missing"),
         ],
     )
     def test_sentence(self, change: dict[str, object], sentence: str) -> None:
@@ -384,6 +404,43 @@ class TestOperator:
             weight.linear(x)
         y = linear_4bit(x, weight.packed, weight.absmax, None, 8, "nf4", 64)
         torch.testing.assert_close(y.double(), x.double() @ weight.exact.T, rtol=1e-5, atol=1e-5)
+
+    def test_without_gradients_it_is_called_straight(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Around the dispatcher, whose price is that of a small product; the bits are the same."""
+        weight, x = Weight(9, 64), random_x(2, 64)
+        given = (weight.packed, weight.absmax, None, 9, "nf4", 64)
+        dispatched: list[object] = []
+        operator = ops._linear_4bit
+        monkeypatch.setattr(ops, "_linear_4bit", lambda *args: dispatched.append(args) or operator(*args))
+        with_grad = linear_4bit(x, *given)
+        assert len(dispatched) == 1
+        with torch.no_grad():
+            assert torch.equal(linear_4bit(x, *given), with_grad)
+        with torch.inference_mode():
+            assert torch.equal(linear_4bit(x, *given), with_grad)
+        assert len(dispatched) == 1
+
+    @torch.no_grad()
+    def test_whoever_watches_sees_the_operator(self) -> None:
+        weight, x = Weight(9, 64), random_x(2, 64)
+        given = (weight.packed, weight.absmax, None, 9, "nf4", 64)
+        with Seen() as seen:
+            expected = linear_4bit(x, *given)
+        assert torch.ops.onegpu.linear_4bit.default in seen.operators
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(tensor) if isinstance(tensor, Tensor) else tensor for tensor in (x, *given)]
+            assert linear_4bit(*fakes).shape == (2, 9)
+        traced = make_fx(lambda x: linear_4bit(x, *given))(x)
+        assert torch.equal(traced(2 * x), linear_4bit(2 * x, *given))
+        assert not torch.equal(traced(2 * x), expected)
+        scripted = torch.jit.trace(lambda x: linear_4bit(x, *given), x, check_trace=False)
+        assert torch.equal(scripted(2 * x), linear_4bit(2 * x, *given))
+        compiled = torch.compile(lambda x: linear_4bit(x, *given), backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), expected)
+        with pytest.raises(ArgumentError, match="packed must be uint8"):
+            linear_4bit(x, weight.packed[1:], *given[1:])
+        with pytest.raises(ConfigError, match="quant_type"):
+            linear_4bit(x, weight.packed, weight.absmax, None, 9, "nf5", 64)
 
     def test_gradient_of_x(self) -> None:
         weight, x = Weight(8, 64), random_x(2, 64, dtype=torch.float32).requires_grad_()

@@ -108,21 +108,24 @@ def why_not(
     if bias is not None:
         wrong = wrong or _wrong("bias", bias, bias.dtype if bias.dtype in DTYPES else x.dtype, out_features)
     if nested_absmax is None:
+        if nested_code is not None or nested_offset is not None:
+            return "nested_absmax is missing"
         return wrong or _wrong("absmax", absmax, torch.float32, blocks)
     return (
         wrong
         or _wrong("absmax", absmax, torch.uint8, blocks)
         or _wrong("nested_absmax", nested_absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE))
         or _wrong("nested_code", nested_code, torch.float32, 256)
-        or _wrong("nested_offset", nested_offset, torch.float32, 1)
+        or _wrong("nested_offset", nested_offset, torch.float32, 1, dim=0)
     )
 
 
-def _wrong(name: str, tensor: Tensor | None, dtype: torch.dtype, length: int) -> str | None:
+def _wrong(name: str, tensor: Tensor | None, dtype: torch.dtype, length: int, dim: int = 1) -> str | None:
     if tensor is None:
         return f"{name} is missing"
-    if tensor.dtype is not dtype or tensor.numel() != length:
-        return f"{name} is {tensor.dtype} of {tensor.numel()} elements, not {dtype} of {length}"
+    if tensor.dtype is not dtype or tensor.numel() != length or tensor.dim() != dim:
+        expected = [length] if dim else []
+        return f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {expected}"
     if not (tensor.is_cpu and tensor.is_contiguous()):
         return f"{name} is not contiguous on the CPU"
     return None

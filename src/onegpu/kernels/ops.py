@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from onegpu.errors import UnsupportedError
 from onegpu.formats import rowwise
@@ -224,6 +225,17 @@ torch.library.register_autograd(
 )
 
 
+def nothing_watches() -> bool:
+    """Whether a call may go around the dispatcher: no gradients, tracing, compiling, transforms or dispatch modes."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def quantize_4bit(
     weight: Tensor, quant_type: str, blocksize: int, scale_search: bool = False, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -306,6 +318,14 @@ def linear_4bit(
     Raises:
         ArgumentError, ConfigError, DeviceError: as `quantize_4bit`.
     """
+    if x.is_cpu and nothing_watches() and type(x) is Tensor and x.numel() <= cpu_4bit.max_rows() * x.shape[-1]:
+        # At one row, going through the dispatcher can take longer than the product.
+        try:
+            return cpu_4bit.linear_4bit(
+                x, packed, absmax, bias, out_features, quant_type, blocksize, nested_absmax, nested_code, nested_offset
+            )
+        except UnsupportedError:
+            pass
     y: Tensor = _linear_4bit(
         x, packed, absmax, bias, out_features, quant_type, blocksize, nested_absmax, nested_code, nested_offset
     )
