@@ -76,6 +76,19 @@ def test_an_unexpected_error_is_told_in_one_line() -> None:
     assert result.stderr.startswith("error: RuntimeError: the cat\n\nhint: ")
 
 
+@pytest.mark.parametrize("kind", ["MemoryError", "torch.OutOfMemoryError"])
+def test_out_of_memory_says_what_needs_less(call: Call, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    import torch
+
+    def full() -> dict[str, str]:
+        raise (MemoryError if kind == "MemoryError" else torch.OutOfMemoryError)("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr("onegpu.bench.environment.versions", full)
+    result = call("version")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: out of memory: CUDA out of memory.\n\nhint: a smaller --quantization")
+
+
 def test_a_variable_sets_an_option(tiny: Path) -> None:
     result = run("run", str(tiny), "hi", "--json", ONEGPU_RUN_MAX_NEW_TOKENS="3", ONEGPU_RUN_QUANTIZATION="int8")
     assert result.returncode == 0, result.stderr

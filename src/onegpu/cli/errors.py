@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from onegpu.cli.console import say_error
 from onegpu.errors import OneGpuError
 
-__all__ = ["DEBUG_VARIABLE", "INTERRUPTED", "Commands", "debugging", "show_unexpected"]
+__all__ = ["DEBUG_VARIABLE", "INTERRUPTED", "Commands", "debugging", "first_line", "show_unexpected"]
 
 DEBUG_VARIABLE = "ONEGPU_DEBUG"
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
@@ -31,10 +31,10 @@ class Commands(TyperGroup):
                 raise
             say_error(error.message, error.hint)
             raise typer.Exit(1) from error
-        except MemoryError as error:
-            if ctx.params.get("debug"):
+        except (MemoryError, RuntimeError) as error:
+            if ctx.params.get("debug") or not is_out_of_memory(error):
                 raise
-            say_error(f"out of memory: {error}", "a smaller format (--quantization nf4) or fewer tokens needs less")
+            say_error(f"out of memory: {first_line(error)}", "a smaller --quantization or fewer tokens needs less")
             raise typer.Exit(1) from error
         except BrokenPipeError as error:
             # The reader of our stdout went away (`onegpu run ... | head`): nobody is left to tell.
@@ -49,7 +49,18 @@ def debugging(arguments: Sequence[str]) -> bool:
     return "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host or the GPU ran out; torch's own class is told by its name, so that torch is not imported."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def show_unexpected(error: Exception) -> None:
     """Tell of an error that is not one of ours: its kind, its first line, and how to see the rest."""
-    first = (str(error).strip().splitlines() or ["(no message)"])[0]
-    say_error(f"{type(error).__name__}: {first}", "`onegpu --debug ...` shows where; it may be worth an issue")
+    say_error(
+        f"{type(error).__name__}: {first_line(error)}", "`onegpu --debug ...` shows where; it may be worth an issue"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onegpu.cli.console import quiet_libraries, say
+from onegpu.cli.errors import first_line
 from onegpu.cli.options import device_map
 from onegpu.config import QuantConfig
 from onegpu.errors import ConfigError, DeviceError, NotFoundError, OneGpuError, UnsafeCheckpointError
@@ -160,7 +161,3 @@ def load(
     begun = time.perf_counter()
     model = auto_class("AutoModelForCausalLM").from_pretrained(name.name, **arguments)
     return Loaded(name, model, tokenizer, label, time.perf_counter() - begun)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
