@@ -119,7 +119,7 @@ def test_plain_loads_are_transformers_own(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, load_in_4bit=False)
     assert type(model) is LlamaForCausalLM
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    with pytest.raises(OSError, match="does not appear to have|not a valid|couldn't connect|Can't load|local"):
+    with pytest.raises(OSError, match=r"does not appear to have|not a valid|couldn't connect|Can't load|local"):
         AutoModelForCausalLM.from_pretrained("no-such-org/no-such-model")
 
 
@@ -130,5 +130,5 @@ def test_errors_have_our_words(folder: Path) -> None:
 
 
 def test_optimize_takes_models_only() -> None:
-    with pytest.raises(UnsupportedError, match="expected a Transformers model .* got Linear"):
+    with pytest.raises(UnsupportedError, match=r"expected a Transformers model .* got Linear"):
         onegpu.optimize(torch.nn.Linear(2, 2))

@@ -66,7 +66,7 @@ _HOMES = {
     "uninstall": "onegpu.compat",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

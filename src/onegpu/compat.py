@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from onegpu.config import QuantConfig
+from onegpu.fastpath import optimize, restore
 from onegpu.loading import OneGpuQuantizer, load
 from onegpu.loading.quantizer import is_bitsandbytes
-from onegpu.fastpath import optimize, restore
 
 __all__ = ["install", "uninstall"]
 

@@ -76,7 +76,8 @@ class QuantConfig:
                 f"threshold must be a number from 0 (no outliers) to below 65504; got {self.threshold!r}",
                 f"LLM.int8() uses {DEFAULT_THRESHOLD}",
             )
-        if isinstance(self.skip_modules, str) or not all(isinstance(name, str) for name in self.skip_modules):
+        names: Any = self.skip_modules
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise ConfigError(
                 f"skip_modules must be a sequence of module names; got {self.skip_modules!r}",
                 'write skip_modules=("lm_head",)',

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, TinyModel
 from torch import nn
 
 import onegpu
 from onegpu.nn import QuantExperts, QuantLinear
+from tiny_models import MODELS, TinyModel
 
 # float32 compute on both sides. 4 bit: the same products summed in another order. 8 bit: activations are rounded to
 # 127 steps of their row's maximum, about 1 % of a random row's norm, in each of a handful of layers.

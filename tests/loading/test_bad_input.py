@@ -129,7 +129,7 @@ def test_non_finite_weight(bits: int, value: float, folder: Path) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
 
     edit_tensors(folder, change)
-    with pytest.raises(CheckpointError, match="model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight"):
         Auto.from_pretrained(folder, **{f"load_in_{bits}bit": True})
 
 
@@ -138,7 +138,7 @@ def test_int8_weight_beyond_float16(folder: Path) -> None:
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
 
     edit_tensors(folder, change)
-    with pytest.raises(CheckpointError, match="model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.up_proj.weight"):
         Auto.from_pretrained(folder, load_in_8bit=True)
 
 
@@ -160,7 +160,7 @@ def test_header_longer_than_the_file(folder: Path) -> None:
 def test_header_that_is_no_json(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtypo"', 1))
-    with pytest.raises(CheckpointError, match="the header of .* cannot be read"):
+    with pytest.raises(CheckpointError, match=r"the header of .* cannot be read"):
         Auto.from_pretrained(folder, load_in_4bit=True)
 
 
@@ -173,7 +173,7 @@ def test_overlapping_tensors(folder: Path) -> None:
     header[first]["data_offsets"] = header[second]["data_offsets"]
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    with pytest.raises(CheckpointError, match="starts at byte|needs .* bytes, but claims"):
+    with pytest.raises(CheckpointError, match=r"starts at byte|needs .* bytes, but claims"):
         Auto.from_pretrained(folder, load_in_4bit=True)
 
 
@@ -181,14 +181,14 @@ def test_overlapping_tensors(folder: Path) -> None:
 def test_missing_tensor(flags: dict[str, bool], folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight"))
     with pytest.raises(
-        CheckpointError, match="lacks 1 tensors of LlamaForCausalLM: model.layers.1.mlp.down_proj.weight"
+        CheckpointError, match=r"lacks 1 tensors of LlamaForCausalLM: model.layers.1.mlp.down_proj.weight"
     ):
         Auto.from_pretrained(folder, **flags)
 
 
 def test_extra_tensor(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=1)
-    with pytest.raises(CheckpointError, match="has 9 tensors that LlamaForCausalLM does not know: model.layers.1"):
+    with pytest.raises(CheckpointError, match=r"has 9 tensors that LlamaForCausalLM does not know: model.layers.1"):
         Auto.from_pretrained(folder, load_in_4bit=True)
     assert Auto.from_pretrained(folder, load_in_4bit=True, strict=False).config.num_hidden_layers == 1
 
@@ -200,7 +200,7 @@ def test_wrong_shape(flags: dict[str, bool], name: str, folder: Path) -> None:
         tensors[name] = tensors[name][:-2].clone()
 
     edit_tensors(folder, change)
-    with pytest.raises(CheckpointError, match="shape|shapes"):
+    with pytest.raises(CheckpointError, match=r"shape|shapes"):
         Auto.from_pretrained(folder, **flags)
 
 
@@ -275,7 +275,7 @@ def test_other_method_cannot_be_quantized_again(folder: Path) -> None:
 def test_pickle_only(flags: dict[str, bool], folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UnsafeCheckpointError, match="only in pickle files .pytorch_model.bin."):
+    with pytest.raises(UnsafeCheckpointError, match=r"only in pickle files .pytorch_model.bin."):
         Auto.from_pretrained(folder, **flags)
     assert Auto.from_pretrained(folder, use_safetensors=False, **flags) is not None
 
@@ -299,13 +299,13 @@ def test_index_that_names_a_missing_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="names model-00001-of-00002.safetensors, which is missing"):
+    with pytest.raises(CheckpointError, match=r"names model-00001-of-00002.safetensors, which is missing"):
         Auto.from_pretrained(folder)
 
 
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has a config.json but no weights"):
+    with pytest.raises(CheckpointError, match=r"has a config.json but no weights"):
         Auto.from_pretrained(folder)
 
 
@@ -316,7 +316,7 @@ def test_unknown_name_without_network(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_unknown_folder() -> None:
-    with pytest.raises(NotFoundError, match="the folder './nowhere' does not exist"):
+    with pytest.raises(NotFoundError, match=r"the folder './nowhere' does not exist"):
         Auto.from_pretrained("./nowhere")
 
 

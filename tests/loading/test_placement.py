@@ -69,4 +69,4 @@ def test_what_is_needed_and_what_there_is(llama_folder: Path) -> None:
         Auto.from_pretrained(llama_folder, load_in_4bit=True, device_map="auto", max_memory={"cpu": 100_000})
     assert "it needs 2" in caught.value.message
     assert "97.7 KiB (cpu: 97.7 KiB)" in caught.value.message
-    assert "offload_folder to use the disk" in caught.value.hint
+    assert "offload_folder for the disk" in caught.value.hint

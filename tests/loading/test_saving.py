@@ -77,7 +77,7 @@ except onegpu.errors.SaveError as error:
 
 def test_a_file_in_the_way(model: Any, tmp_path: Path) -> None:
     (tmp_path / "saved").write_text("mine")
-    with pytest.raises(SaveError, match="could not be saved to .*saved: .*is a file"):
+    with pytest.raises(SaveError, match=r"could not be saved to .*saved: .*is a file"):
         model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved").read_text() == "mine"
 

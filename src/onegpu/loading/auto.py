@@ -7,7 +7,7 @@ changed.
 from __future__ import annotations
 
 import os
-from functools import lru_cache, partial
+from functools import cache
 from typing import Any
 
 import transformers
@@ -103,7 +103,7 @@ class AutoClass:
         """
         return load(
             cls.source.from_pretrained,
-            partial(resolve_auto_config, cls.source),
+            resolve_auto_config,
             pretrained_model_name_or_path,
             *args,
             **kwargs,
@@ -115,7 +115,7 @@ class AutoClass:
         return cls.source.from_config(config, **kwargs)
 
 
-def resolve_auto_config(source: Any, name: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def resolve_auto_config(name: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config that an Auto class would resolve, and the arguments that are left for the model.
 
     An adapter's folder has none; then Transformers resolves the base model's by itself.
@@ -135,7 +135,7 @@ def stored(config: PreTrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-@lru_cache(maxsize=None)
+@cache
 def auto_class(name: str) -> type[AutoClass]:
     """Our Auto class of this name, one of `AUTO_CLASSES`."""
     source = getattr(transformers, name)

@@ -84,7 +84,7 @@ class Checkpoint:
         big = (parameter, f"{parameter}.absmax")
         beside = [name for name in self.tensors if name == parameter or name.startswith(f"{parameter}.")]
         described = {name: self.placeholder(name) if name in big else self.read(name) for name in beside}
-        packed, absmax, state = from_tensors_4bit(parameter, described)
+        _, absmax, state = from_tensors_4bit(parameter, described)
         storage = str(described[parameter].dtype).removeprefix("torch.")
         nested = not isinstance(absmax, Tensor)
         return WeightSpec(state.quant_type, state.shape, state.dtype, state.blocksize, nested, storage)

@@ -1,7 +1,8 @@
 """What happens to one tensor on its way from the file into the model: Transformers' conversion operations, ours.
 
 Transformers reads the checkpoint, renames keys and hands tensors to these; they give back what the module stores.
-An error here must stop the load at once, while Transformers collects exceptions and goes on: `LoadAborted` passes it by.
+An error here must stop the load at once, while Transformers collects exceptions and goes on:
+`LoadAborted` passes it by.
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ class QuantizeOnLoad(ConversionOps):
     @abort_on_error
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **_: Any) -> dict[str, Any]:
         done: dict[str, Any] = {}
+        module: Any
         for full_name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            module_name, _, parameter = full_name.rpartition(".")
+            module_name, _dot, parameter = full_name.rpartition(".")
             module = model.get_submodule(module_name)
             spec = module.spec if isinstance(module, QuantLinear) else module.expert_specs[parameter]
             if isinstance(module, QuantLinear) and module.source_cls.__name__ == "Conv1D":
@@ -105,7 +107,7 @@ class DeserializeLinear(ConversionOps):
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, **_: Any
     ) -> dict[str, Any]:
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        module_name, _, parameter = full_layer_name.rpartition(".")
+        module_name, _dot, parameter = full_layer_name.rpartition(".")
         module = model.get_submodule(module_name)
         if not isinstance(module, QuantLinear) or parameter != "weight":
             if len(tensors) == 1:
@@ -140,7 +142,7 @@ class DeserializeExperts(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, **_: Any
     ) -> dict[str, Any]:
-        module_name, _, parameter = full_layer_name.rpartition(".")
+        module_name, _dot, parameter = full_layer_name.rpartition(".")
         module = model.get_submodule(module_name)
         assert isinstance(module, QuantExperts)
         spec = module.expert_specs[parameter]

@@ -154,7 +154,7 @@ def check_fits(
     raise DoesNotFitError(
         f"the model does not fit: it needs {format_bytes(total_bytes)}, max_memory allows "
         f"{format_bytes(sum(budget.values()))} ({listed})",
-        f'allow {more}, for example by "cpu" in max_memory, choose load_in_4bit, or pass offload_folder to use the disk',
+        f'allow {more}, for example by "cpu" in max_memory, choose load_in_4bit, or pass offload_folder for the disk',
     )
 
 

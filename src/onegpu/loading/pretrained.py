@@ -225,7 +225,7 @@ def foreign_errors(name: str | os.PathLike[str]) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
             f"the GPU ran out of memory while {str(name)!r} was loading: {str(error).splitlines()[0]}",
-            'close what else uses the GPU, choose load_in_4bit, or allow the CPU: max_memory={0: "6GiB", "cpu": "20GiB"}',
+            'close what uses the GPU, choose load_in_4bit, or allow the CPU: max_memory={0: "6GiB", "cpu": "20GiB"}',
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise translated(name, error) from error

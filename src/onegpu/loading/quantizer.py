@@ -56,7 +56,8 @@ class OneGpuQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if isinstance(quantization_config, LoadConfig):
-            quant, self.may_use_disk = quantization_config.quant, quantization_config.may_use_disk
+            quant: QuantConfig | None = quantization_config.quant
+            self.may_use_disk = quantization_config.may_use_disk
         else:
             quant, self.may_use_disk = quant_config(quantization_config), True
         assert quant is not None, "from_pretrained resolves the config before it comes here"
@@ -200,7 +201,7 @@ class OneGpuQuantizer(HfQuantizer):
 
     def is_on_disk(self, param_name: str) -> bool:
         """Whether the placement puts a parameter on the disk."""
-        return target_in(self.device_map, param_name) == "disk"
+        return bool(target_in(self.device_map, param_name) == "disk")
 
     def get_quantize_ops(self) -> ConversionOps:
         return QuantizeOnLoad(self)

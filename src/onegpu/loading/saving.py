@@ -117,15 +117,19 @@ class AtomicSaving:
         return None
 
 
-@cache
-def atomic_class(base: Any) -> type[Any]:
+def atomic_class(base: Any) -> Any:
     """The subclass of a model's class that saves atomically; the same name, module and everything else.
 
     An attribute on the model itself could not do it: it would have to hold the model, and a model that is held by what
     it holds is not freed when it is deleted.
     """
+    return make_class(base)
+
+
+@cache
+def make_class(base: Any) -> Any:
     made = type(base.__name__, (AtomicSaving, base), {"__module__": base.__module__, "__doc__": base.__doc__})
-    copyreg.pickle(made, reduce_model)  # type: ignore[arg-type]
+    copyreg.pickle(made, reduce_model)
     return made
 
 
@@ -139,7 +143,7 @@ def rebuild_model(base: type[Any]) -> Any:
     return object.__new__(atomic_class(base))
 
 
-def plain_class(cls: type[Any]) -> type[Any]:
+def plain_class(cls: type[Any]) -> Any:
     """The class that `atomic_class` was given."""
     return cls.__mro__[2] if AtomicSaving in cls.__bases__ else cls
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,17 +84,18 @@ def matches(name: str, pattern: str) -> bool:
     )
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: Any) -> tuple[int, int] | None:
     """(out_features, in_features) of a module that is a plain linear layer, None for any other.
 
     Transformers' `Conv1D` (GPT-2) holds its weight transposed, [in, out].
     """
     cls = type(module)
     if cls is nn.Linear or (isinstance(module, nn.Linear) and cls.__name__ in PLAIN_LINEAR_SUBCLASSES):
-        return module.out_features, module.in_features
-    if cls.__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), nn.Parameter):
-        rows, columns = module.weight.shape
-        return columns, rows
+        return int(module.out_features), int(module.in_features)
+    weight = getattr(module, "weight", None)
+    if cls.__name__ == "Conv1D" and isinstance(weight, nn.Parameter):
+        rows, columns = weight.shape
+        return int(columns), int(rows)
     return None
 
 
@@ -182,15 +184,13 @@ def convert(model: nn.Module, plan: Conversion, *, compute_dtype: torch.dtype | 
     experts: dict[str, dict[str, WeightSpec]] = {}
     for full_name, spec in plan.specs.items():
         module_name, _, parameter = full_name.rpartition(".")
-        module = model.get_submodule(module_name)
+        module: Any = model.get_submodule(module_name)
         if linear_shape(module) is None:
             experts.setdefault(module_name, {})[parameter] = spec
             continue
         layer = quant_linear_for(module, spec, plan.config, compute_dtype)
         if not packed:
-            layer.weight = nn.Parameter(
-                torch.empty(module.weight.shape, dtype=module.weight.dtype, device="meta"), requires_grad=False
-            )
+            layer.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
         model.set_submodule(module_name, layer)
     for module_name, specs in experts.items():
         quantize_experts_module(model.get_submodule(module_name), specs, compute_dtype, packed=packed)
@@ -201,7 +201,7 @@ def quant_linear_for(
 ) -> QuantLinear:
     """An empty quantized layer in place of a linear one: the same features, bias and mode."""
     bias = getattr(module, "bias", None)
-    options = {
+    options: dict[str, Any] = {
         "bias": bias is not None,
         "bias_dtype": None if bias is None else bias.dtype,
         "compute_dtype": compute_dtype,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class QuantExperts(nn.Module):
 
     expert_specs: dict[str, WeightSpec]
     compute_dtype: torch.dtype | None
+    _apply_gate: Callable[[Tensor], Tensor]
 
     def companion_name(self, parameter: str, companion: str) -> str:
         """Where a tensor of `WeightSpec.tensors()` lives on this module."""
@@ -97,7 +98,7 @@ class QuantExperts(nn.Module):
         states = {name: self.expert_state(name) for name in self.expert_specs}
         names = [self.companion_name(name, companion) for name, state in states.items() for companion in state]
         with hidden(self, tuple(names)):
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, state in states.items():
             self.set_expert_state(name, {key: apply_as_bytes(fn, tensor) for key, tensor in state.items()})
         return self
@@ -151,9 +152,13 @@ def _rows(tensor: Tensor, num_experts: int, index: Tensor) -> Tensor:
     return chosen.reshape(-1, tensor.shape[-1]) if tensor.dtype == torch.int8 else chosen.reshape(-1)
 
 
-@lru_cache(maxsize=None)
-def quant_experts_class(base: type[nn.Module]) -> type[nn.Module]:
+def quant_experts_class(base: Any) -> type[QuantExperts]:
     """The subclass of `base` whose stacked weights are quantized; one per base, so that types compare equal."""
+    return make_class(base)
+
+
+@cache
+def make_class(base: Any) -> type[QuantExperts]:
     made = type(f"Quant{base.__name__}", (QuantExperts, base), {"__module__": base.__module__, "__doc__": base.__doc__})
     copyreg.pickle(made, _reduce_experts)
     return made
@@ -167,7 +172,7 @@ def _rebuild_experts(base: type[nn.Module]) -> nn.Module:
     return object.__new__(quant_experts_class(base))
 
 
-def plain_experts_class(cls: type[nn.Module]) -> type[nn.Module]:
+def plain_experts_class(cls: type[Any]) -> Any:
     """The class that a made subclass was made from."""
     return next(base for base in cls.__mro__ if base is not cls and not issubclass(base, QuantExperts))
 

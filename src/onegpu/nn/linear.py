@@ -38,6 +38,9 @@ class QuantLinear(nn.Linear):
 
     spec: WeightSpec
     weight: nn.Parameter
+    bias: nn.Parameter | None  # type: ignore[assignment]
+    absmax: Tensor
+    row_stats: Tensor
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         state = self.state
         with hidden(self, tuple(state)):
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.set_state({name: apply_as_bytes(fn, tensor) for name, tensor in state.items()})
         return self
 

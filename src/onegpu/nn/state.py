@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.config import NESTED_BLOCKSIZE, QuantConfig
-from onegpu.formats import NestedAbsmax, dequantize_rows, quantize_absmax, quantize_rows, view_storage
-from onegpu.kernels import dequantize_4bit, quantize_4bit
+from onegpu.formats import NestedAbsmax, dequantize_rows, quantize_absmax, view_storage
+from onegpu.kernels import dequantize_4bit, quantize_4bit, quantize_8bit_rows
 
 __all__ = [
     "NESTED",
@@ -123,23 +123,23 @@ def quantize_weight(
     experts and no more than one of them is on the device in 16 bit.
     """
     device = weight.device if device is None else device
-    parts = weight if spec.num_experts > 1 or len(spec.shape) == 3 else weight.unsqueeze(0)
+    parts = weight if len(spec.shape) == 3 else weight.unsqueeze(0)
     if spec.quant_type == "int8":
-        rows = [quantize_rows(part.to(device)) for part in parts]
-        return {
-            "weight": torch.cat([row.codes for row in rows]).view(spec.shape),
-            "row_stats": torch.cat([row.row_stats for row in rows]).view(spec.shape[:-1]),
-        }
-    if parts.shape[0] == 1:
-        packed, absmax = quantize_4bit(parts[0].to(device), spec.quant_type, spec.blocksize, scale_search)
-    else:
-        done = [quantize_4bit(part.to(device), spec.quant_type, spec.blocksize, scale_search) for part in parts]
-        packed, absmax = torch.cat([p for p, _ in done]), torch.cat([a for _, a in done])
+        rows = [quantize_8bit_rows(part.to(device))[:2] for part in parts]
+        codes, row_stats = (joined(list(tensors)) for tensors in zip(*rows, strict=True))
+        return {"weight": codes.view(spec.shape), "row_stats": row_stats.view(spec.shape[:-1])}
+    done = [quantize_4bit(part.to(device), spec.quant_type, spec.blocksize, scale_search) for part in parts]
+    packed, absmax = (joined(list(tensors)) for tensors in zip(*done, strict=True))
     state = {"weight": view_storage(packed, dtype_named(spec.quant_storage)), "absmax": absmax}
     if spec.nested:
         nested = quantize_absmax(absmax)
         state.update(zip(("absmax", *NESTED), nested, strict=True))
     return state
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """One tensor as it is, several one after another."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def dequantize_weight(state: dict[str, Tensor], spec: WeightSpec, dtype: torch.dtype) -> Tensor:
