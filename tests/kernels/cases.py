@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@functools.lru_cache(maxsize=8)
 def weight_4bit(N: int, K: int, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False) -> Weight4bit:
     packed, absmax = blockwise.quantize_4bit(normal(N, K, seed=N + K) * 0.02, quant_type, blocksize)
     rest: tuple[Tensor, ...] = ()
