@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from onegpu.cli.bench_encode import encode
 from onegpu.cli.options import AsJson, Device, Model, RemoteCode
 
 __all__ = ["build_app"]
 
 FORMATS = "nf4,16bit,fp32"
+LOADS = "nf4,nf4+double,nf4+search,int8,16bit"
 PEERS = "bitsandbytes:nf4"
 
 
@@ -20,6 +22,8 @@ def build_app() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
     app.callback()(family)
     app.command("generate")(generate)
+    app.command("load")(load_times)
+    app.command("encode")(encode)
     return app
 
 
@@ -69,6 +73,54 @@ def generate(
     else:
         to_stdout(table(rows))
         say(f"{facts['device']}; batch 1, greedy, {prompt_tokens} + {max_new_tokens} tokens, median of {runs}")
+
+
+def load_times(
+    model: Model,
+    formats: Annotated[str, typer.Option("--formats", help="What to compare; see `onegpu eval --help`.")] = LOADS,
+    peers: Annotated[bool, typer.Option("--peers", help=f"Add {PEERS}, if bitsandbytes is installed.")] = False,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds measured, after one to warm up.")] = 3,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds to load, and the peak of GPU memory while loading. Models are loaded in turns and deleted."""
+    from functools import partial
+
+    from onegpu.bench.contenders import parse_contenders
+    from onegpu.bench.environment import environment
+    from onegpu.bench.load import measure_load
+    from onegpu.cli.console import print_document, quiet_libraries, say
+    from onegpu.cli.models import ModelName, placement
+    from onegpu.cli.run import to_stdout
+
+    contenders = parse_contenders(f"{formats},{PEERS}" if peers else formats)
+    name = ModelName.parse(model)
+    quiet_libraries()
+    arguments = name.arguments(trust_remote_code) | {"device_map": placement(device)}
+    loaders = {each.label: partial(each.load, name.name, **arguments) for each in contenders}
+    times = measure_load(loaders, runs=runs, progress=say)
+    rows = [{"format": label, **asdict(row)} for label, row in times.items()]
+    if as_json:
+        print_document({"model": name.name, **environment(torch_device(device)), "rows": rows})
+        return
+    lines = ["| format | weights, MiB | load, s | fastest - slowest | peak on the GPU, MiB |", "| --- " * 5 + "|"]
+    for label, row in times.items():
+        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+        lines.append(
+            f"| {label} | {row.weight_bytes / 2**20:.1f} | {row.seconds:.2f} "
+            f"| {row.fastest:.2f} - {row.slowest:.2f} | {peak} |"
+        )
+    to_stdout("\n".join(lines) + "\n")
+
+
+def torch_device(device: str) -> Any:
+    """The torch device that `--device` means."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

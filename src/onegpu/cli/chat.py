@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from onegpu.cli.options import (
     Device,
@@ -20,6 +21,9 @@ from onegpu.cli.options import (
     quant_config,
 )
 from onegpu.cli.run import to_stdout
+
+if TYPE_CHECKING:
+    from onegpu.cli.models import Loaded
 
 __all__ = ["chat"]
 
@@ -53,14 +57,12 @@ def chat(
     converse(loaded, Sampling(max_new_tokens, temperature, top_p, seed), system)
 
 
-def converse(loaded: object, sampling: Sampling, system: str | None) -> None:
+def converse(loaded: Loaded, sampling: Sampling, system: str | None) -> None:
     """Question, answer, question, until the questions end."""
     from onegpu.cli.answer import Message, answer
     from onegpu.cli.console import say, say_error
-    from onegpu.cli.models import Loaded
     from onegpu.errors import ConfigError
 
-    assert isinstance(loaded, Loaded)
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     history = list(opening)
     while (question := next_question()) is not None:
