@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onegpu.compat import install, uninstall
     from onegpu.config import QuantConfig
+    from onegpu.encoder import Encoder
     from onegpu.errors import OneGpuError
     from onegpu.fastpath import optimize, restore
     from onegpu.reporting import report
@@ -57,6 +58,7 @@ _AUTO_CLASSES = (
 )
 _HOMES = {
     **dict.fromkeys(_AUTO_CLASSES, "onegpu.loading.auto"),
+    "Encoder": "onegpu.encoder",
     "OneGpuError": "onegpu.errors",
     "QuantConfig": "onegpu.config",
     "install": "onegpu.compat",

@@ -114,7 +114,12 @@ def test_every_kind_of_padding(case: Case) -> None:
 def test_noted_down_and_replayed(case: Case) -> None:
     """What CUDA graphs capture, without a GPU: one list of calls over fixed buffers serves every batch of a bucket."""
     model = case.build()
-    masks = [padded_mask((5, 10, 4, 2)), padded_mask((9, 2, 3, 6)), padded_mask((4, 4, 2, 10)), padded_mask((6, 10, 3, 2))]
+    masks = [
+        padded_mask((5, 10, 4, 2)),
+        padded_mask((9, 2, 3, 6)),
+        padded_mask((4, 4, 2, 10)),
+        padded_mask((6, 10, 3, 2)),
+    ]
     batches = [case.inputs(mask) for mask in masks]
     wanted = [run(model, inputs) for inputs in batches]
     report = optimize_encoder(model)

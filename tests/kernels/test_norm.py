@@ -43,7 +43,10 @@ def test_no_rows(device: torch.device) -> None:
     from onegpu.kernels import norm
 
     empty = torch.empty(0, 8, device=device)
-    assert norm.add_layer_norm(empty, empty, torch.ones(8, device=device), torch.ones(8, device=device), 0.1).shape == (0, 8)
+    assert norm.add_layer_norm(empty, empty, torch.ones(8, device=device), torch.ones(8, device=device), 0.1).shape == (
+        0,
+        8,
+    )
 
 
 def test_what_does_not_fit_is_refused() -> None:

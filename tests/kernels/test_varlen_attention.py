@@ -24,8 +24,16 @@ def columns(lengths: tuple[int, ...], step: int = 1) -> Tensor:
 
 
 def oracle(
-    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, at: Tensor, scale: float, causal: bool, window: int | None,
-    bias: Tensor | None, dtype: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    at: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """One sequence after another, in `dtype` throughout."""
     outs = []
@@ -45,8 +53,16 @@ def oracle(
 
 
 def check(
-    device: torch.device, dtype: torch.dtype, lengths: tuple[int, ...], D: int, H: int = 2, *, causal: bool = False,
-    window: int | None = None, biased: bool = False, step: int = 1,
+    device: torch.device,
+    dtype: torch.dtype,
+    lengths: tuple[int, ...],
+    D: int,
+    H: int = 2,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    biased: bool = False,
+    step: int = 1,
 ) -> None:
     from onegpu.kernels import varlen_attention as kernel
 

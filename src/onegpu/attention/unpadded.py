@@ -115,8 +115,8 @@ class UnpaddedBatch:
         num_sequences, filler = self.cu_seqlens.numel() - 1, tokens - self.total
         if filler < 0 or sequences < num_sequences + 1 or max_seqlen < max(self.max_seqlen, filler):
             raise ArgumentError(
-                f"a bucket of {tokens} tokens, {sequences} sequences, up to {max_seqlen} each, does not hold a batch of "
-                f"{self.total} tokens, {num_sequences} sequences, up to {self.max_seqlen} each"
+                f"a bucket of {tokens} tokens, {sequences} sequences, up to {max_seqlen} each, does not hold a batch "
+                f"of {self.total} tokens, {num_sequences} sequences, up to {self.max_seqlen} each"
             )
         pad = torch.nn.functional.pad
         return UnpaddedBatch(
@@ -139,7 +139,9 @@ class UnpaddedBatch:
             ArgumentError: the host does not know the lengths (a batch made on another device).
         """
         if self.lengths is None:
-            raise ArgumentError("the lengths of this batch are on the device only", "make it on the CPU, or from_lengths")
+            raise ArgumentError(
+                "the lengths of this batch are on the device only", "make it on the CPU, or from_lengths"
+            )
         out, start = [], 0
         for length, run in groupby(self.lengths):
             count = len(list(run))
@@ -218,4 +220,4 @@ def pad_input(tokens: Tensor, batch: UnpaddedBatch) -> Tensor:
         raise ArgumentError(f"expected [1, {batch.indices.numel()}, ...], the batch's tokens; got {list(tokens.shape)}")
     flat = tokens.new_zeros((batch.batch_size * batch.seqlen, *tokens.shape[2:]))
     flat = flat.index_copy(0, batch.indices[: batch.total], tokens[0, : batch.total])
-    return flat.unflatten(0, (batch.batch_size, batch.seqlen))
+    return flat.view(batch.batch_size, batch.seqlen, *tokens.shape[2:])

@@ -1,9 +1,9 @@
 """Attention over unpadded tokens: the ways to compute it, in order of speed, and why each one can't.
 
-    torch_varlen    torch.nn.attention.varlen: FlashAttention over cu_seqlens
-    onegpu_varlen   our Triton kernel: float32, a bias by distance, windows over holes
-    grouped         sequences of equal length through scaled_dot_product_attention, a group at a time; any CPU
-    padded          back to [B, S] for this one operation; takes everything, also where gradients are wanted
+torch_varlen    torch.nn.attention.varlen: FlashAttention over cu_seqlens
+onegpu_varlen   our Triton kernel: float32, a bias by distance, windows over holes
+grouped         sequences of equal length through scaled_dot_product_attention, a group at a time; any CPU
+padded          back to [B, S] for this one operation; takes everything, also where gradients are wanted
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from onegpu.kernels.encoder_ops import MAX_HEAD_DIM
 from onegpu.kernels.encoder_ops import varlen_attention as varlen_kernel
 from onegpu.kernels.ops import why_not_triton
 
-__all__ = ["BACKENDS", "Backend", "VarlenSpec", "choose", "varlen_attention"]
+__all__ = ["BACKENDS", "Backend", "VarlenSpec", "choose", "flash_allowed", "varlen_attention"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def why_not_padded(spec: VarlenSpec) -> str | None:
 
 
 def run_torch_varlen(
-    query: Tensor, key: Tensor, value: Tensor, view: AttentionView, scale: float, bias: RelativeBias | None
+    query: Tensor, key: Tensor, value: Tensor, view: AttentionView, scale: float, _: RelativeBias | None
 ) -> Tensor:
     batch = view.batch
     window = -1 if view.window is None else view.window
@@ -172,7 +172,7 @@ def run_grouped(
         step = 1 if by_place else count
         for begin in range(start, start + count * length, step * length):
             stop = begin + step * length
-            q, k, v = (t[begin:stop].unflatten(0, (step, length)).transpose(1, 2) for t in (query, key, value))
+            q, k, v = (t[begin:stop].view(step, length, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
             places = batch.positions[begin : begin + length].long()
             seen = allowed(places, view)
             mask = seen
@@ -202,7 +202,7 @@ def run_padded(
 
     def pad(t: Tensor) -> Tensor:
         flat = t.new_zeros((B * S, *t.shape[1:])).index_copy(0, real, t[: batch.total])
-        return flat.unflatten(0, (B, S)).transpose(1, 2)
+        return flat.view(B, S, *t.shape[1:]).transpose(1, 2)
 
     valid = torch.zeros(B * S, dtype=torch.bool, device=query.device).index_fill(0, real, True)
     mask = valid.view(B, 1, 1, S)
@@ -221,6 +221,11 @@ def run_padded(
         pad(query), pad(key), pad(value), attn_mask=mask, scale=scale, enable_gqa=gqa(query, key)
     )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, batch.indices)
+
+
+def flash_allowed() -> bool:
+    """Whether flash attention is switched on in torch, which `sdp_kernel` and others switch off."""
+    return bool(torch._C._get_flash_sdp_enabled())
 
 
 def gqa(query: Tensor, key: Tensor) -> bool:
@@ -290,6 +295,6 @@ def varlen_attention(
         needs_grad=torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         lengths_on_host=view.batch.lengths is not None,
         fixed=view.fixed,
-        flash_allowed=query.device.type != "cuda" or torch.backends.cuda.flash_sdp_enabled(),
+        flash_allowed=query.device.type != "cuda" or flash_allowed(),
     )
     return choose(spec, view.backend).run(query, key, value, view, scale, bias)

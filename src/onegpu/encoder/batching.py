@@ -9,6 +9,7 @@ to nothing. The first chunk is small, so that the model starts soon.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def tokenized_chunks(texts: Sequence[str], tokenize: Tokenize) -> Iterator[Rows]
     """Chunks of `texts` in order, the next one being tokenized while the caller works on this one."""
     bounds = list(range(FIRST_CHUNK, len(texts), CHUNK))
     edges = [0, *bounds, len(texts)]
-    spans = list(zip(edges[:-1], edges[1:], strict=True))
+    spans = list(itertools.pairwise(edges))
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(tokenize, texts[: spans[0][1]])
         for number, (start, stop) in enumerate(spans):

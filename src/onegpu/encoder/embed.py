@@ -1,6 +1,6 @@
 """`Encoder`: texts in, one vector per text out, in the order given.
 
-    texts -> batching: Rows -> ids and mask on the device -> the model, without padding -> recipe.pool -> rows of an array
+    texts -> batching: Rows -> ids and mask on the device -> the model, without padding -> recipe.pool -> an array
 
 On a GPU the host never waits for the device but to fetch finished vectors, one chunk behind: lengths are known before
 anything is copied.
@@ -136,7 +136,7 @@ class Encoder:
 
     def run(self, texts: list[str], recipe: Recipe, progress: bool) -> Tensor:
         """float32 [N, hidden] on the CPU."""
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
         out = torch.zeros(len(texts), self.model.config.hidden_size)
         if not texts:

@@ -177,7 +177,12 @@ class QkvGroup:
     def project(self, index: int, x: Tensor) -> Tensor | None:
         """Part `index` of the joint product of x, None where it can't be had."""
         if index == 0:
-            if not is_active(self.stack, x) or not self.is_joined() or self.weight is None or x.dtype != self.weight.dtype:
+            if (
+                not is_active(self.stack, x)
+                or not self.is_joined()
+                or self.weight is None
+                or x.dtype != self.weight.dtype
+            ):
                 self.given = None
                 return None
             self.given = x

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.attention.unpadded import AttentionView, RelativeBias, UnpaddedBatch, unpad_input
+from onegpu.attention.varlen import flash_allowed
 from onegpu.encoder.run import Program, fixed_view, run_program
 
 __all__ = ["GraphCache", "Snapshot", "capture_cuda", "record_on_host"]
@@ -142,7 +143,7 @@ def enter(hidden: Tensor, batch: UnpaddedBatch | None) -> Tensor:
 
 def capture_cuda(body: Body, pool: Any) -> tuple[Callable[[], None], Tensor]:
     """Run the body once beside the current stream, then capture it."""
-    side = torch.cuda.Stream()
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         body()
@@ -242,5 +243,5 @@ def key_of(
         # A bias made inside the layers depends on the columns of the padded rows.
         columns = (batch.seqlen + 63) // 64
         sizes = (batch.indices.numel(), batch.cu_seqlens.numel(), batch.max_seqlen, batch.has_holes, columns)
-    flags = torch.backends.cuda.flash_sdp_enabled()
+    flags = flash_allowed()
     return (sizes, hidden.shape[2], hidden.dtype, hidden.device, len(tensors), flags, given)

@@ -1,6 +1,6 @@
 """`optimize_encoder`: take the padding out of a model's encoders; `restore_encoder`: exactly what it was before.
 
-    find stacks -> why_not -> install -> prove on a small padded batch -> fuse and prove each part -> report
+find stacks -> why_not -> install -> prove on a small padded batch -> fuse and prove each part -> report
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ def optimize_encoder(model: nn.Module, options: EncoderOptions | None = None, pr
         if line.reason is not None:
             continue
         unique = list(dict.fromkeys(found.layers))
-        stack = Stack(
-            found.name, found.tower, found.owner, unique, options, reads_first_token(model, found.tower)
-        )
+        stack = Stack(found.name, found.tower, found.owner, unique, options, reads_first_token(model, found.tower))
         stack.install()
         line.stack = stack
         if prove:
@@ -232,7 +230,8 @@ def probe_batch(tower: nn.Module) -> dict[str, Tensor] | None:
     mask[1, 5:] = 0
     if isinstance(padding, int):
         ids[mask == 0] = padding
-    embeddings = tower.get_input_embeddings()
+    model: Any = tower
+    embeddings = model.get_input_embeddings()
     device = next(embeddings.parameters()).device if isinstance(embeddings, nn.Module) else first.device
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 

@@ -51,7 +51,7 @@ class Learned:
 Program = list[tuple["LayerCall", dict[str, Any]]]
 
 
-class Refusal(Exception):  # noqa: N818, never leaves this module
+class Refusal(Exception):  # noqa: N818
     """This forward is left to the plain model, for the reason given."""
 
 

@@ -6,6 +6,7 @@ without Triton runs, the Triton launcher elsewhere.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -34,10 +35,10 @@ def check_varlen_attention(
     value: Tensor,
     cu_seqlens: Tensor,
     positions: Tensor,
-    max_seqlen: int,
-    scale: float,
-    causal: bool = False,
-    window: int | None = None,
+    _max_seqlen: int,
+    _scale: float,
+    _causal: bool = False,
+    _window: int | None = None,
     bias: Tensor | None = None,
 ) -> None:
     check_device(query, key, value, cu_seqlens, positions, bias)
@@ -60,7 +61,7 @@ def reference_varlen_attention(
     value: Tensor,
     cu_seqlens: Tensor,
     positions: Tensor,
-    max_seqlen: int,
+    _max_seqlen: int,
     scale: float,
     causal: bool = False,
     window: int | None = None,
@@ -68,7 +69,7 @@ def reference_varlen_attention(
 ) -> Tensor:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         q, k, v = (t[start:end].transpose(0, 1).float() for t in (query, key, value))
         at = positions[start:end]
         distance = (at[None, :] - at[:, None]).long()
@@ -83,7 +84,7 @@ def reference_varlen_attention(
     return out
 
 
-def check_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+def check_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, _eps: float) -> None:
     check_device(x, residual, weight, bias)
     if residual.shape != x.shape or residual.dtype != x.dtype or x.dtype not in FLOATS:
         raise ArgumentError(
@@ -103,10 +104,13 @@ def check_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_device(x, weight, bias)
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ArgumentError(
-            f"expected x [..., K], weight [N, K], bias [N]; got {list(x.shape)}, {list(weight.shape)}, {list(bias.shape)}"
+            f"expected x [..., K], weight [N, K], bias [N]; got {list(x.shape)}, {list(weight.shape)}, "
+            f"{list(bias.shape)}"
         )
     if x.dtype not in FLOATS or weight.dtype != x.dtype or bias.dtype != x.dtype:
-        raise ArgumentError(f"x, weight and bias must be of one floating dtype; got {x.dtype}, {weight.dtype}, {bias.dtype}")
+        raise ArgumentError(
+            f"x, weight and bias must be of one floating dtype; got {x.dtype}, {weight.dtype}, {bias.dtype}"
+        )
 
 
 def reference_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -182,9 +186,7 @@ def varlen_attention(
     Raises:
         ArgumentError, DeviceError: tensors that do not fit together.
     """
-    out: Tensor = _varlen_attention(
-        query, key, value, cu_seqlens, positions, max_seqlen, scale, causal, window, bias
-    )
+    out: Tensor = _varlen_attention(query, key, value, cu_seqlens, positions, max_seqlen, scale, causal, window, bias)
     return out
 
 
