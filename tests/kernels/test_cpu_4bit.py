@@ -18,6 +18,7 @@ from onegpu.config import BLOCKSIZES
 from onegpu.errors import ArgumentError, ConfigError, UnsupportedError
 from onegpu.formats import blockwise, codebooks, packing
 from onegpu.kernels import cpu_4bit, linear_4bit, ops
+from onegpu.kernels.cpu_4bit_forms import FORMS
 
 pytest.importorskip("llvmlite", minversion="0.45")
 
@@ -26,8 +27,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def runnable_forms() -> list[str]:
     from llvmlite import binding
-
-    from onegpu.kernels.cpu_4bit_ir import FORMS
 
     features = binding.get_host_cpu_features()
     return [form.name for form in FORMS.values() if all(features.get(name, False) for name in form.needs)]
@@ -229,6 +228,14 @@ def test_shapes_of_x(form: str) -> None:
     assert torch.equal(weight.linear(strided), weight.linear(strided.contiguous()))
 
 
+def test_a_default_device_does_not_matter() -> None:
+    weight, x = Weight(5, 64), random_x(1, 64)
+    expected = weight.linear(x)
+    cpu_4bit._codebook.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(weight.linear(x), expected)
+
+
 def test_equals_dequantizing_and_multiplying() -> None:
     """The bytes as `quantize_4bit` writes them, not as this file makes them up."""
     weight = torch.randn(33, 576, generator=torch.Generator().manual_seed(3)) * 0.02
@@ -254,6 +261,7 @@ class Seen(TorchDispatchMode):
 READS_TO_THE_EDGE = """
 import ctypes, mmap, torch
 from onegpu.kernels import cpu_4bit, linear_4bit, ops
+from onegpu.kernels.cpu_4bit_forms import FORMS
 
 libc = ctypes.CDLL(None, use_errno=True)
 

@@ -19,7 +19,6 @@ import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,9 +26,7 @@ from torch import Tensor
 from onegpu.config import BLOCKSIZES, NESTED_BLOCKSIZE
 from onegpu.errors import UnsupportedError
 from onegpu.formats.codebooks import codebook
-
-if TYPE_CHECKING:
-    from onegpu.kernels.cpu_4bit_ir import Threads
+from onegpu.kernels.cpu_4bit_forms import FORMS, Threads, Variant
 
 __all__ = ["available", "form_name", "linear_4bit", "max_rows", "why_not"]
 
@@ -41,7 +38,7 @@ PACK = struct.Struct("12q").pack
 Entry = Callable[[bytes], int]
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def available() -> bool:
     """Whether products can be compiled here: llvmlite new enough, a little-endian 64-bit processor. Never raises."""
     return _missing() is None
@@ -61,25 +58,19 @@ def _missing() -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def form_name() -> str:
     """The form of the code that this processor gets: `avx512`, `avx2` or `generic`."""
     from llvmlite import binding
-
-    from onegpu.kernels.cpu_4bit_ir import FORMS
 
     features = binding.get_host_cpu_features()
     return next(form.name for form in FORMS.values() if all(features.get(name, False) for name in form.needs))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def max_rows() -> int:
     """Rows of x up to which this is quicker than dequantizing and torch's own product; 0 where it is not available."""
-    if not available():
-        return 0
-    from onegpu.kernels.cpu_4bit_ir import FORMS
-
-    return FORMS[form_name()].max_rows
+    return FORMS[form_name()].max_rows if available() else 0
 
 
 def why_not(
@@ -193,16 +184,14 @@ def linear_4bit(
     return out
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def _codebook(quant_type: str) -> Tensor:
-    return codebook(quant_type)
+    return codebook(quant_type, torch.device("cpu"))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _threads() -> Threads | None:
     """torch's own OpenMP entry points, found through its library's dependencies; None where it has none of GNU's."""
-    from onegpu.kernels.cpu_4bit_ir import Threads
-
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.so*")):
         try:
             loaded = ctypes.CDLL(str(library))
@@ -214,14 +203,14 @@ def _threads() -> Threads | None:
     return None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def compiled(
     x_dtype: torch.dtype, bias_dtype: torch.dtype | None, blocksize: int, nested: bool, aligned: bool, form: str
 ) -> Entry | UnsupportedError:
-    """The machine code of one variant, made at the first call and kept; or the error, kept too, so as to try once."""
+    """The machine code of one variant, made at the first call and kept; an error is kept too, so as to try once."""
     from llvmlite import binding
 
-    from onegpu.kernels.cpu_4bit_ir import FORMS, Variant, build_module
+    from onegpu.kernels.cpu_4bit_ir import build_module
 
     variant = Variant(FORMS[form], _name(x_dtype), _name(bias_dtype), blocksize, nested, aligned)
     try:
