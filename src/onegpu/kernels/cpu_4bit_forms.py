@@ -24,7 +24,7 @@ AVX2 = ("avx2", "fma", "f16c", "bmi2")
 FORMS = {
     form.name: form
     for form in (
-        Form("avx512", "x86-64-v4", AVX512, 16, ((4, 2), (2, 4), (1, 4)), 64),
+        Form("avx512", "x86-64-v4", AVX512, 16, ((4, 2), (2, 4), (1, 4)), 128),
         Form("avx2", "x86-64-v3", AVX2, 8, ((4, 1), (2, 2), (1, 4)), 64),
         # Never given float16, which not every processor converts by itself.
         Form("generic", "", (), 4, ((4, 1), (2, 1), (1, 2)), 16),
