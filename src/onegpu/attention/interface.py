@@ -28,11 +28,15 @@ NOTE: Final = "_onegpu_note"
 
 @dataclass(frozen=True, slots=True)
 class MaskNote:
-    """What a mask tensor stands for: `padding` [B, S] bool, True where real, and who sees whom."""
+    """What a mask tensor stands for: `padding` [B, S] bool, True where real, and who sees whom.
+
+    `is_guess`: read off a mask that the model made itself, whose other values are not known yet.
+    """
 
     padding: Tensor
     causal: bool = False
     window: int | None = None
+    is_guess: bool = False
 
 
 def note_of(mask: object) -> MaskNote | None:
@@ -43,7 +47,7 @@ def note_of(mask: object) -> MaskNote | None:
     if isinstance(note, MaskNote):
         return note
     if mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1:
-        return MaskNote((mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0])
+        return MaskNote((mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0], is_guess=True)
     return None
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onegpu.errors import ArgumentError
 
-__all__ = ["AttentionView", "RelativeBias", "UnpaddedBatch", "pad_input", "unpad_input"]
+__all__ = ["AttentionView", "PendingBatch", "RelativeBias", "UnpaddedBatch", "pad_input", "unpad_input"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +42,8 @@ class UnpaddedBatch:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> UnpaddedBatch:
-        """From a bool mask [B, S], True where a token is real. Waits once for the device (four integers)."""
-        batch_size, seqlen = mask.shape
-        lens = mask.sum(dim=1)
-        runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
-        # The one wait of an unpadded forward: the number of rows that every later kernel gets.
-        facts = torch.stack([lens.sum(), lens.max(), runs.max(), mask[:, 0].sum()])
-        total, longest, most_runs, firsts = facts.tolist()
-        ordered, order = torch.sort(lens, descending=True, stable=True)
-        ends = ordered.cumsum(0)
-        starts = torch.empty_like(ends).scatter_(0, order, ends - ordered)
-        rank = mask.cumsum(1) - 1
-        # Padding goes to one slot past the end, which is cut off: no boolean indexing, hence no second wait.
-        target = torch.where(mask, rank + starts[:, None], total).flatten()
-        flat = torch.arange(batch_size * seqlen, device=mask.device)
-        indices = torch.empty(total + 1, dtype=torch.int64, device=mask.device).scatter_(0, target, flat)[:total]
-        return cls(
-            batch_size=batch_size,
-            seqlen=seqlen,
-            total=total,
-            max_seqlen=longest,
-            indices=indices,
-            positions=(indices % seqlen).to(torch.int32),
-            cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
-            has_holes=most_runs > 1,
-            has_first=firsts == batch_size,
-            lengths=tuple(ordered.tolist()) if mask.device.type == "cpu" else None,
-        )
+        """From a bool mask [B, S], True where a token is real. Waits once for the device."""
+        return PendingBatch.of(mask).resolve()
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], seqlen: int, device: torch.device | str = "cpu") -> UnpaddedBatch:
@@ -149,6 +125,83 @@ class UnpaddedBatch:
                 out.append((start, count, length))
             start += count * length
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class PendingBatch:
+    """A batch whose arrays are being made on the device, while the host goes on; `resolve` is where it waits.
+
+    The arrays are as long as the padded batch, so that making them needs no number from the device.
+    """
+
+    batch_size: int
+    seqlen: int
+    indices: Tensor  # int64 [B * S], the real tokens first
+    positions: Tensor  # int32 [B * S]
+    cu_seqlens: Tensor  # int32 [B + 1]
+    facts: Tensor  # int64, on the host once `ready`: tokens, longest, most runs in a row, rows begun, odd values
+    lengths: Tensor | None  # [B], longest first, for a batch on the CPU
+    ready: Any
+
+    @classmethod
+    def of(cls, mask: Tensor, odd: Tensor | None = None) -> PendingBatch:
+        """Begin with a bool mask [B, S]; `odd` marks values of the caller's mask that mean neither real nor padding."""
+        batch_size, seqlen = mask.shape
+        device = mask.device
+        lens = mask.sum(dim=1)
+        runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
+        strange = lens.new_zeros(()) if odd is None else odd.sum()
+        facts = torch.stack([lens.sum(), lens.max(), runs.max(), mask[:, 0].sum(), strange])
+        facts, ready = facts.to("cpu", non_blocking=True), None
+        if device.type == "cuda":
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        ordered, order = torch.sort(lens, descending=True, stable=True)
+        ends = ordered.cumsum(0)
+        starts = torch.empty_like(ends).scatter_(0, order, ends - ordered)
+        rank = mask.cumsum(1) - 1
+        # Padding goes to one slot past the end, which is cut off: no boolean indexing, hence no wait.
+        size = batch_size * seqlen
+        target = torch.where(mask, rank + starts[:, None], size).flatten()
+        flat = torch.arange(size, device=device)
+        indices = torch.zeros(size + 1, dtype=torch.int64, device=device).scatter_(0, target, flat)[:size]
+        return cls(
+            batch_size=batch_size,
+            seqlen=seqlen,
+            indices=indices,
+            positions=(indices % seqlen).to(torch.int32),
+            cu_seqlens=torch.nn.functional.pad(ends, (1, 0)).to(torch.int32),
+            facts=facts,
+            lengths=ordered if device.type == "cpu" else None,
+            ready=ready,
+        )
+
+    def has_odd_values(self) -> bool:
+        """Whether the mask held values that mean neither real nor padding. Waits."""
+        return self.wait()[4] > 0
+
+    def wait(self) -> list[int]:
+        """The facts, once the device has them."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        found: list[int] = self.facts.tolist()
+        return found
+
+    def resolve(self) -> UnpaddedBatch:
+        """The batch, with arrays of the number of its real tokens. Waits."""
+        total, longest, most_runs, begun, _ = self.wait()
+        return UnpaddedBatch(
+            batch_size=self.batch_size,
+            seqlen=self.seqlen,
+            total=total,
+            max_seqlen=longest,
+            indices=self.indices[:total],
+            positions=self.positions[:total],
+            cu_seqlens=self.cu_seqlens,
+            has_holes=most_runs > 1,
+            has_first=begun == self.batch_size,
+            lengths=None if self.lengths is None else tuple(self.lengths.tolist()),
+        )
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from onegpu.kernels.encoder_ops import MAX_NORM_SIZE, add_layer_norm, gelu_, lin
 if TYPE_CHECKING:
     from onegpu.encoder.stack import Stack
 
-__all__ = ["ActivationCall", "NormCall", "QkvGroup", "fused_parts"]
+__all__ = ["ActivationCall", "NormCall", "QkvGroup", "fused_parts", "prove_part"]
 
 QKV_NAMES: Final = (
     ("query", "key", "value"),
@@ -206,6 +206,46 @@ class QkvCall(MethodCall):
     def __call__(self, x: Tensor) -> Tensor:
         part = None if self.removed else self.group.project(self.index, x)
         return self.plain(x) if part is None else part
+
+
+def prove_part(part: MethodCall | QkvGroup, stack: Stack) -> bool:
+    """Whether an installed part gives, on random input, what its module gives without it."""
+    linears = part.parts if isinstance(part, QkvGroup) else [m for m in [part.module.dense] if isinstance(m, nn.Module)]
+    first: Any = linears[0]
+    parameter = part.parts[0].weight if isinstance(part, QkvGroup) else next(part.module.parameters())
+    dtype = parameter.dtype if parameter.dtype in FUSED_DTYPES else torch.float16
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int) -> Tensor:
+        return torch.randn(1, 3, size, generator=generator).to(device=parameter.device, dtype=dtype)
+
+    x = draw(first.in_features)
+    arguments = (x, draw(first.out_features)) if isinstance(part, NormCall) else (x,)
+    targets = part.parts if isinstance(part, QkvGroup) else [part.module]
+    before = stack.run
+    with torch.no_grad():
+        stack.run = None
+        want = [target(*arguments) for target in targets]
+        stack.run = ProofRun()  # type: ignore[assignment]
+        try:
+            got = [target(*arguments) for target in targets]
+        finally:
+            stack.run = before
+    return all(
+        bool(((a - b).abs().max() <= PROOF_TOLERANCE[dtype] * b.abs().max().clamp_min(1e-6)).item())
+        for a, b in zip(got, want, strict=True)
+    )
+
+
+class ProofRun:
+    """Stands for a forward under way, for one part alone."""
+
+    may_fuse = True
+    is_plain = False
+
+
+# Of the largest value: a few roundings of each dtype.
+PROOF_TOLERANCE: Final = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def fused_parts(stack: Stack) -> Iterator[MethodCall | QkvGroup]:

@@ -80,6 +80,12 @@ class GraphCache:
         self.snapshot = None
         self.pool = None
 
+    def refresh(self, layers: list[nn.Module]) -> None:
+        """Forget every graph if anything they were captured from was exchanged since."""
+        if self.snapshot is None or not self.snapshot.holds():
+            self.clear()
+            self.snapshot = Snapshot(layers)
+
     def run(self, program: Program, hidden: Tensor, batch: UnpaddedBatch | None) -> Tensor:
         """Hidden states [B, S, hidden] through the layers: [1, T, hidden], or [B, S, hidden] without padding.
 
@@ -88,10 +94,6 @@ class GraphCache:
         size = hidden.shape[0] * hidden.shape[1] if batch is None else batch.indices.numel()
         if self.refused or size > MAX_TOKENS:
             return run_program(program, enter(hidden, batch))
-        layers = [call.module for call, _ in program]
-        if self.snapshot is None or not self.snapshot.holds():
-            self.clear()
-            self.snapshot = Snapshot(layers)
         tensors = outside_tensors(program)
         key = key_of(program, hidden, batch, tensors)
         entry = self.captured.get(key)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.encoder.find import find_stacks, reads_first_token, why_not
-from onegpu.encoder.fuse import QkvGroup, fused_parts
+from onegpu.encoder.fuse import QkvGroup, fused_parts, prove_part
 from onegpu.encoder.options import EncoderOptions
 from onegpu.encoder.stack import Stack
 from onegpu.errors import UnsupportedError
@@ -159,19 +159,28 @@ def fuse(stack: Stack, line: StackReport) -> None:
         else:
             part.install()
             name = {"NormCall": "residual + LayerNorm", "ActivationCall": "GELU"}[type(part).__name__]
-        stack.fused.append(part)
-        line.fused[name] = line.fused.get(name, 0) + 1
+        if prove_part(part, stack):
+            stack.fused.append(part)
+            line.fused[name] = line.fused.get(name, 0) + 1
+        else:
+            take_away(part)
+            line.not_fused.append(f"{name}: the fused result differs from the plain one")
+
+
+def take_away(part: Any) -> None:
+    """Remove one fused part."""
+    if isinstance(part, QkvGroup):
+        for call in part.calls:
+            call.remove()
+        part.split()
+    else:
+        part.remove()
 
 
 def unfuse(stack: Stack) -> None:
     """Take the fused parts away; parameters get memory of their own again."""
     for part in reversed(stack.fused):
-        if isinstance(part, QkvGroup):
-            for call in part.calls:
-                call.remove()
-            part.split()
-        else:
-            part.remove()
+        take_away(part)
     stack.fused.clear()
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from onegpu.attention.interface import MaskNote, note_of
-from onegpu.attention.unpadded import AttentionView, RelativeBias, UnpaddedBatch, pad_input, unpad_input
+from onegpu.attention.interface import note_of
+from onegpu.attention.unpadded import AttentionView, PendingBatch, RelativeBias, UnpaddedBatch, pad_input, unpad_input
 from onegpu.encoder.buckets import bucket_of
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Run:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.mode = ""
+        self.pending: PendingBatch | UnpaddedBatch | None = None
         self.batch: UnpaddedBatch | None = None
         self.may_fuse = False
         self.seqlen = 0
@@ -82,15 +83,20 @@ class Run:
             try:
                 self.decide(hidden, rest)
             except Refusal as refusal:
-                self.mode = "plain"
-                self.stack.outcomes[f"plain: {refusal}"] += 1
+                self.refuse(refusal)
         if self.mode == "plain":
-            return call.plain(hidden, **{name: densify(value) for name, value in rest.items()})
-        rest = {name: self.translate(name, value) for name, value in rest.items()}
-        return self.direct(call, hidden, rest) if self.mode == "direct" else self.defer(call, hidden, rest)
+            return call.plain(hidden, **densified(rest))
+        if self.mode == "deferred":
+            return self.defer(call, hidden, rest)
+        return self.direct(call, hidden, {name: self.translate(name, value) for name, value in rest.items()})
+
+    def refuse(self, refusal: Refusal) -> None:
+        """From here on the forward is the plain model's."""
+        self.mode = "plain"
+        self.stack.outcomes[f"plain: {refusal}"] += 1
 
     def decide(self, hidden: Any, rest: dict[str, Any]) -> None:
-        """Choose the way and, where there is padding, the batch.
+        """Choose the way and, where there is a mask, begin to read it.
 
         Raises:
             Refusal: the plain way, and why.
@@ -107,40 +113,51 @@ class Run:
             raise Refusal("a layer has a hook that is not ours")
         self.seqlen = hidden.shape[1]
         on_gpu = hidden.device.type == "cuda" or stack.graphs.works_anywhere
-        can_defer = on_gpu and not wants_grad(hidden, stack) and not torch.is_autocast_enabled(hidden.device.type)
-        self.may_fuse = can_defer
-        mask = rest.get("attention_mask")
-        note = note_of(mask)
-        if note is not None and note.padding.shape == hidden.shape[:2]:
-            self.batch = self.unpadded(mask, note)
-            if stack.first_token_matters and not self.batch.has_first:
-                raise Refusal("a row begins with padding, and the model may read its first token")
-            if self.batch.total == 0:
-                raise Refusal("there is no real token")
-            for name, value in rest.items():
-                self.translate(name, value)
-        elif not can_defer:
+        self.may_fuse = (
+            on_gpu and not wants_grad(hidden, stack) and not torch.is_autocast_enabled(hidden.device.type)
+        )
+        self.pending = self.begin_batch(hidden, rest.get("attention_mask"))
+        if self.pending is None and not self.may_fuse:
             raise Refusal("there is no padding to leave out")
         learned = stack.learned
-        if not (can_defer and stack.options.graphs):
-            self.mode = "direct"
-        else:
-            self.mode = "deferred" if learned is not None and learned.chained else "direct"
-        if self.mode == "deferred" and self.batch is not None:
-            self.batch = bucket_of(self.batch)
-            self.translated.clear()
-        stack.outcomes[f"{self.mode}{'' if self.batch is not None else ', no padding'}"] += 1
+        if self.may_fuse and stack.options.graphs and learned is not None and learned.chained:
+            self.mode = "deferred"
+            return
+        self.mode = "direct"
+        self.settle([rest])
 
-    def unpadded(self, mask: Any, note: MaskNote) -> UnpaddedBatch:
-        """The batch: the caller's own if it gave one, else read off the padding."""
+    def begin_batch(self, hidden: Tensor, mask: Any) -> PendingBatch | UnpaddedBatch | None:
+        """The batch as far as it is known without waiting: the caller's own if it gave one, None without a mask."""
+        note = note_of(mask)
+        if note is None or note.padding.shape != hidden.shape[:2]:
+            return None
         hint, self.stack.hint = self.stack.hint, None
         if hint is not None and (hint.batch_size, hint.seqlen) == tuple(note.padding.shape):
             return hint
-        if mask.is_floating_point() and getattr(mask, "_onegpu_note", None) is None:
-            odd = (mask != 0) & ~(mask < PADDING_BELOW)
-            if bool(odd.any()):
-                raise Refusal("the mask holds values other than 0 and 1")
-        return UnpaddedBatch.from_mask(note.padding)
+        odd = (mask != 0) & ~(mask < PADDING_BELOW) if note.is_guess and mask.is_floating_point() else None
+        return PendingBatch.of(note.padding, odd)
+
+    def settle(self, arguments: list[dict[str, Any]]) -> None:
+        """Wait for the batch, and see that it and every argument of the layers can go without padding.
+
+        Raises:
+            Refusal: the plain way, and why.
+        """
+        stack, pending = self.stack, self.pending
+        if pending is not None:
+            if isinstance(pending, PendingBatch):
+                if pending.has_odd_values():
+                    raise Refusal("the mask holds values other than 0 and 1")
+                pending = pending.resolve()
+            if stack.first_token_matters and not pending.has_first:
+                raise Refusal("a row begins with padding, and the model may read its first token")
+            if pending.total == 0:
+                raise Refusal("there is no real token")
+            self.batch = bucket_of(pending) if self.mode == "deferred" else pending
+        for rest in arguments:
+            for name, value in rest.items():
+                self.translate(name, value)
+        stack.outcomes[f"{self.mode}{'' if self.batch is not None else ', no padding'}"] += 1
 
     def translate(self, name: str, value: Any) -> Any:
         """An argument of a layer, from padded rows to unpadded tokens.
@@ -213,7 +230,16 @@ class Run:
     def execute(self) -> Tensor:
         """Run what was noted down: by a graph where there is one, else as it stands."""
         assert self.entered is not None
-        return self.stack.graphs.run(self.program, self.entered, self.batch)
+        graphs = self.stack.graphs
+        graphs.refresh([call.module for call, _ in self.program])
+        try:
+            self.settle([rest for _, rest in self.program])
+        except Refusal as refusal:
+            self.batch = None
+            self.refuse(refusal)
+            return run_program([(call, densified(rest)) for call, rest in self.program], self.entered)
+        program = [(call, {n: self.translate(n, v) for n, v in rest.items()}) for call, rest in self.program]
+        return graphs.run(program, self.entered, self.batch)
 
     def finish(self, output: Any) -> Any:
         """The owner's output with padding put back."""
@@ -264,6 +290,11 @@ def wants_grad(hidden: Tensor, stack: Stack) -> bool:
 
 def densify(value: Any) -> Any:
     return value.make_dense() if isinstance(value, RelativeBias) else value
+
+
+def densified(rest: dict[str, Any]) -> dict[str, Any]:
+    """A layer's arguments as the plain model would have made them."""
+    return {name: densify(value) for name, value in rest.items()}
 
 
 def is_capturing_outputs() -> bool:
