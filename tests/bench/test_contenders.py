@@ -82,14 +82,12 @@ def test_16bit_keeps_float16(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_the_rival_holds_the_same_bytes(tiny: Path) -> None:
-    """The formats are the same, so the sizes are; bitsandbytes keeps the 16-value table and a few scalars per layer."""
-    ours = parse_contender("nf4").load(str(tiny), device_map="cpu")
-    theirs = parse_contender("bitsandbytes:nf4").load(str(tiny), device_map="cpu")
+@pytest.mark.parametrize("label", ["nf4", "nf4+double", "int8"])
+def test_the_rival_holds_the_same_bytes(tiny: Path, label: str) -> None:
+    """The formats are the same, so the sizes are, but for tables of 16 (and 256) values a layer may have or share."""
+    ours = parse_contender(label).load(str(tiny), device_map="cpu")
+    theirs = parse_contender(f"bitsandbytes:{label}").load(str(tiny), device_map="cpu")
     assert type(theirs.model.layers[0].self_attn.q_proj).__module__.startswith("bitsandbytes")
-    scales = sum(
-        module.weight.quant_state.absmax.untyped_storage().nbytes()
-        for module in theirs.modules()
-        if hasattr(getattr(module, "weight", None), "quant_state")
-    )
-    assert weight_bytes(ours) == weight_bytes(theirs) + scales
+    layers = sum(isinstance(module, QuantLinear) for module in ours.modules())
+    assert layers == 14
+    assert abs(weight_bytes(ours) - weight_bytes(theirs)) <= layers * 4 * ((16 + 256) if label != "int8" else 0)

@@ -82,17 +82,30 @@ class TokenClock:
 
 
 def stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, each storage once: tied weights count once."""
+    """Parameters, buffers, what bitsandbytes hangs on its parameters; each storage once, so tied weights too."""
     seen: set[int] = set()
     for tensor in (*model.parameters(), *model.buffers()):
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer and pointer not in seen:
-            seen.add(pointer)
-            yield tensor
+        for held in (tensor, *attached(getattr(tensor, "quant_state", None)), *attached(getattr(tensor, "SCB", None))):
+            pointer = held.untyped_storage().data_ptr()
+            if pointer and pointer not in seen:
+                seen.add(pointer)
+                yield held
+
+
+def attached(state: object) -> Iterator[torch.Tensor]:
+    """The tensors of a bitsandbytes quantization state, which is neither parameter nor buffer, and of one inside it."""
+    import torch
+
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif state is not None:
+        for value in vars(state).values():
+            if isinstance(value, torch.Tensor) or hasattr(value, "absmax"):
+                yield from attached(value)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of every parameter and buffer as stored now: codes, scales and what stayed in 16 bit."""
+    """Bytes of every weight as stored now: codes, scales, value tables, and what stayed in 16 bit."""
     return sum(tensor.untyped_storage().nbytes() for tensor in stored_tensors(model))
 
 
