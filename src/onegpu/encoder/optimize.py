@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from onegpu.encoder.find import find_stacks, reads_first_token, why_not
 from onegpu.encoder.fuse import QkvGroup, fused_parts, prove_part
+from onegpu.encoder.heads import AnswerCall, is_question_answering
 from onegpu.encoder.options import EncoderOptions
 from onegpu.encoder.stack import Stack
 from onegpu.errors import UnsupportedError
@@ -30,6 +31,7 @@ __all__ = [
 ATTRIBUTE = "_onegpu_encoder"
 # Largest difference allowed in the proof, of the plain result's largest magnitude.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+INT8_TOLERANCE = 5e-2
 
 
 @dataclass(slots=True)
@@ -120,6 +122,8 @@ def optimize_encoder(model: nn.Module, options: EncoderOptions | None = None, pr
         unique = list(dict.fromkeys(found.layers))
         stack = Stack(found.name, found.tower, found.owner, unique, options, reads_first_token(model, found.tower))
         stack.install()
+        if is_question_answering(model, found.tower):
+            stack.add(AnswerCall(model, stack))
         line.stack = stack
         if prove:
             line.proved, line.reason = prove_stack(stack)
@@ -193,6 +197,18 @@ def prove_stack(stack: Stack) -> tuple[bool, str | None]:
     batch = probe_batch(stack.tower)
     if batch is None:
         return False, None
+    training = [module for module in stack.tower.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        return compare_ways(stack, batch)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def compare_ways(stack: Stack, batch: dict[str, Tensor]) -> tuple[bool, str | None]:
+    """The tower's outputs on one batch, with padding and without."""
     try:
         stack.enabled = False
         with torch.no_grad():
@@ -216,10 +232,17 @@ def prove_stack(stack: Stack) -> tuple[bool, str | None]:
             return False, f"without padding its output {name} has another shape"
         if want.shape[:2] == mask.shape:
             want, got = want[mask], got[mask]
-        limit = TOLERANCE.get(want.dtype, 1e-4) * max(float(want.abs().max()), 1e-6)
+        limit = tolerance(stack, want.dtype) * max(float(want.abs().max()), 1e-6)
         if not float((got - want).abs().max()) <= limit:
             return False, f"without padding its output {name} differs from the plain model's"
     return True, None
+
+
+def tolerance(stack: Stack, dtype: torch.dtype) -> float:
+    """Of the largest value. A product in int8 rounds its input by rows: a last bit there is 1/127 of a row's largest."""
+    tensors = (t for layer in stack.layers for t in (*layer.parameters(), *layer.buffers()))
+    int8 = any(t.dtype == torch.int8 for t in tensors)
+    return max(TOLERANCE.get(dtype, 1e-4), INT8_TOLERANCE if int8 else 0.0)
 
 
 def probe_batch(tower: nn.Module) -> dict[str, Tensor] | None:

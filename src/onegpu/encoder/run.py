@@ -28,8 +28,8 @@ __all__ = ["Learned", "Program", "Ref", "Run", "run_program"]
 
 # A row of these is what a layer may be given beside hidden states and mask, with the dimension of the columns.
 TOKEN_ARGUMENTS = {"position_embeddings": 1, "position_ids": 1, "sinusoidal_pos": 2}
-# Below this an additive mask means padding; MarkupLM's is -10000, others use the smallest number there is.
-PADDING_BELOW = -9000.0
+# What an additive mask adds for padding, beside the smallest number of its dtype; MarkupLM's.
+SMALL_PADDING = -10000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,7 @@ class Run:
             raise Refusal("a layer has a hook that is not ours")
         self.seqlen = hidden.shape[1]
         on_gpu = hidden.device.type == "cuda" or stack.graphs.works_anywhere
-        self.may_fuse = (
-            on_gpu and not wants_grad(hidden, stack) and not torch.is_autocast_enabled(hidden.device.type)
-        )
+        self.may_fuse = on_gpu and not wants_grad(hidden, stack) and not torch.is_autocast_enabled(hidden.device.type)
         self.pending = self.begin_batch(hidden, rest.get("attention_mask"))
         if self.pending is None and not self.may_fuse:
             raise Refusal("there is no padding to leave out")
@@ -134,8 +132,7 @@ class Run:
         hint, self.stack.hint = self.stack.hint, None
         if hint is not None and (hint.batch_size, hint.seqlen) == tuple(note.padding.shape):
             return hint
-        odd = (mask != 0) & ~(mask < PADDING_BELOW) if note.is_guess and mask.is_floating_point() else None
-        return PendingBatch.of(note.padding, odd)
+        return PendingBatch.of(note.padding, odd_values(mask) if note.is_guess else None)
 
     def settle(self, arguments: list[dict[str, Any]]) -> None:
         """Wait for the batch, and see that it and every argument of the layers can go without padding.
@@ -249,6 +246,7 @@ class Run:
             return output
         batch = self.batch
         tokens = batch.indices.numel()
+        self.stack.ran_unpadded = True
 
         def back(value: Any) -> Any:
             if isinstance(value, Tensor) and value.dim() >= 3 and value.shape[:2] == (1, tokens):
@@ -286,6 +284,17 @@ def wants_grad(hidden: Tensor, stack: Stack) -> bool:
     if not torch.is_grad_enabled():
         return False
     return hidden.requires_grad or any(p.requires_grad for layer in stack.layers for p in layer.parameters())
+
+
+def odd_values(mask: Tensor) -> Tensor | None:
+    """Where an additive mask holds neither 0 nor what stands for padding: a caller's mask of other values than 0 and 1.
+
+    Such a mask weighs keys, or hides a key whose own position is real; only the plain model knows.
+    """
+    if not mask.is_floating_point():
+        return None
+    small = float(torch.tensor(SMALL_PADDING, dtype=mask.dtype))
+    return (mask != 0) & (mask != torch.finfo(mask.dtype).min) & (mask != small)
 
 
 def densify(value: Any) -> Any:

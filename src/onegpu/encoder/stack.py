@@ -71,6 +71,7 @@ class Stack:
     fused: list[Any] = field(default_factory=list)
     enabled: bool = True
     entered: bool = False  # inside the tower's forward, and not on the plain way
+    ran_unpadded: bool = False  # the last forward did
     implementation: str = IMPLEMENTATION
 
     def install(self) -> None:
@@ -78,14 +79,15 @@ class Stack:
         register()
         own = any(type(m).__name__ in OWN_ATTENTION for layer in self.layers for m in layer.modules())
         self.implementation = ADDITIVE if own else IMPLEMENTATION
-        calls: list[MethodCall] = [LayerCall(layer, self) for layer in self.layers]
-        calls += adapters_for(self)
-        for call in calls:
-            call.install()
-        for make, module in ((OwnerCall, self.owner), (TowerCall, self.tower)):
-            calls.append(make(module, self))
-            calls[-1].install()
-        self.calls = calls
+        for call in (*(LayerCall(layer, self) for layer in self.layers), *adapters_for(self)):
+            self.add(call)
+        self.add(OwnerCall(self.owner, self))
+        self.add(TowerCall(self.tower, self))
+
+    def add(self, call: MethodCall) -> None:
+        """Set one method; `remove` takes it away."""
+        call.install()
+        self.calls.append(call)
 
     def remove(self) -> None:
         """Take every method away again."""
