@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onegpu.encoder import Encoder
     from onegpu.errors import OneGpuError
     from onegpu.fastpath import optimize, restore
+    from onegpu.memory import fit
     from onegpu.reporting import report
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ _HOMES = {
     "Encoder": "onegpu.encoder",
     "OneGpuError": "onegpu.errors",
     "QuantConfig": "onegpu.config",
+    "fit": "onegpu.memory",
     "install": "onegpu.compat",
     "optimize": "onegpu.fastpath",
     "report": "onegpu.reporting",

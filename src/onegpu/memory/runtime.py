@@ -1,0 +1,76 @@
+"""What a run needs beside the weights: the key-value cache and the workspace, in bytes.
+
+The workspace is the largest of what is alive at once, in 16 bit, for all tokens of a prompt in one go:
+
+    rows          batch x context
+    feed-forward  rows x (3 inner + 2 hidden), two of them without a gate: x, the residual, gate, up, their product
+    attention     rows x (6 hidden + 2 keys and values)
+    logits        batch x vocabulary, in 16 bit and twice in float32: of the last token only
+    scratch       a dequantized slice of 2**25 weights in 4 bit; of a layer with experts, all of them in 16 bit
+    libraries     32 MiB that the vendor's matrix products keep
+    growth        one layer's keys and values again, since a growing cache is copied layer by layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onegpu.memory.geometry import Geometry
+from onegpu.memory.weights import Weight
+
+__all__ = ["KV_DTYPES", "kv_bytes", "loading_bytes", "workspace_bytes"]
+
+KV_DTYPES = ("16bit", "fp8", "int8")
+LIBRARY_BYTES = 32 << 20
+SCRATCH_WEIGHTS = 1 << 25
+
+
+def kv_bytes(geometry: Geometry, context: int, batch: int, kv_dtype: str = "16bit") -> int:
+    """Keys and values of `batch` sequences of `context` tokens.
+
+    A layer with a window keeps no more than that. int8 adds one float32 scale for each vector. An encoder-decoder
+    keeps `context` tokens of its own answer and, in each layer, those of the encoder's output.
+    """
+    per_token = geometry.values_per_token * (2 if kv_dtype == "16bit" else 1)
+    per_token += 4 * geometry.vectors_per_token if kv_dtype == "int8" else 0
+    tokens = sum(context if window is None else min(context, window) for window in geometry.windows)
+    if geometry.kind == "encoder-decoder":
+        tokens += len(geometry.windows) * (geometry.source_tokens or context)
+    return batch * tokens * per_token
+
+
+def workspace_bytes(
+    geometry: Geometry, weights: Sequence[Weight], format: str, context: int, batch: int, kv_dtype: str = "16bit"
+) -> int:
+    """The largest of what a forward over the whole prompt holds at once; the formula is at the top of this page."""
+    rows = batch * max(context, geometry.source_tokens or 0)
+    active = geometry.chosen if geometry.experts else 1
+    products = 3 if geometry.gated else 2
+    feed_forward = products * geometry.inner * active + 2 * geometry.hidden
+    attention = 6 * max(geometry.hidden, geometry.heads * geometry.head_dim) + 2 * geometry.values_per_token
+    logits = 0 if geometry.kind == "encoder" else batch * geometry.vocab * (2 + 4 + 4)
+    growth = kv_bytes(geometry, context, batch, kv_dtype) // max(len(geometry.windows), 1)
+    return 2 * rows * max(feed_forward, attention) + logits + scratch_bytes(weights, format) + LIBRARY_BYTES + growth
+
+
+def scratch_bytes(weights: Sequence[Weight], format: str) -> int:
+    """Weights in 16 bit again, for the length of one call: a slice, or a whole layer's experts."""
+    if format in ("16bit", "int8") or not any(weight.role == "matrix" for weight in weights):
+        slices = 0
+    else:
+        slices = min(SCRATCH_WEIGHTS, max(weight.numel for weight in weights if weight.role == "matrix"))
+    layers: dict[str, int] = {}
+    if format != "16bit":
+        for weight in weights:
+            if weight.role == "experts":
+                layer = weight.name.rpartition(".")[0]
+                layers[layer] = layers.get(layer, 0) + weight.numel
+    return 2 * max(slices, *layers.values(), 0)
+
+
+def loading_bytes(weights: Sequence[Weight], format: str) -> int:
+    """What loading needs beside the finished weights: the largest tensor, or expert, in 16 bit."""
+    if format == "16bit":
+        return 0
+    quantized = [weight.numel // weight.experts for weight in weights if weight.role in ("matrix", "experts")]
+    return 2 * max(quantized, default=0)
