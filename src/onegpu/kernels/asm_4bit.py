@@ -1,0 +1,372 @@
+# mypy: allow-untyped-decorators
+"""PTX for the 4-bit product at few rows: each function writes one block of inline assembly, at compile time.
+
+The pieces, in the order in which `gemv_4bit` uses them:
+
+    load_codes, load_scales, load_x    a lane's bytes of one tile, of its scales, of x
+    fill_table                         256 pairs of table values in shared memory, a copy for each of 32 lanes
+    multiply                           look up, then `mma.sync`: 16 rows x 64 columns times 8 (or 16, 32) rows of x
+    sum_one_row, sum_rows              sums over the warps that share rows, through shared memory
+    store                              scale, bias, one rounding, one element
+
+A byte of codes is a pair of weights, and the table maps it to both values as one 32-bit register of 16-bit floats:
+exactly a register of the tensor core's left operand. Entry e of lane l lies at table + 128 e + 4 l, so that lanes
+never meet in a bank. `dp4a` with 0x80 in one byte computes 128 * byte + base in one instruction.
+
+Table values are the codebook times a constant, rounded to 16 bit; the constant is taken off the sums in float32.
+It is chosen so that rounding hurts least (`TABLE_SCALE`). Relative to the weight, over normal weights in blocks of
+64, the error's root mean square and its mean are
+
+                                          bfloat16             float16
+    dequantize, rounded by each weight    1.66e-3,  0          2.07e-4,  0
+    NF4 as it is, rounded                 1.36e-3,  4.6e-4     1.84e-4, -2.9e-5
+    NF4 times the constant, rounded       0.95e-3, -1.4e-5     0.88e-4, -4e-6
+    FP4 times 12                          exact to float32: its values are twelfths of small numbers
+
+so that the product is more exact than one with a dequantized weight. Shared memory is declared in the assembly,
+which Triton does not see: `static_bytes` counts it.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import torch
+import triton
+
+from onegpu.formats.codebooks import FP4_CODE, NF4_CODE
+
+__all__ = [
+    "TABLE_SCALE",
+    "chunk",
+    "fill_table",
+    "load_codes",
+    "load_scales",
+    "load_x",
+    "multiply",
+    "static_bytes",
+    "store",
+    "sum_one_row",
+    "sum_rows",
+    "table_values",
+]
+
+# (quant_type, dtype) to what the codebook is multiplied by before it is rounded.
+TABLE_SCALE: Final = {
+    ("nf4", "bf16"): 1.2418212890625,
+    ("nf4", "fp16"): 1.5751953125,
+    ("fp4", "bf16"): 12.0,
+    ("fp4", "fp16"): 12.0,
+}
+CODEBOOK: Final = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+DTYPE: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TABLE_BYTES: Final = 32768
+MAP_BYTES: Final = 1024
+
+
+def table_values(quant_type: str, dtype: str) -> torch.Tensor:
+    """The 16 table values as the kernel multiplies them: float64 [16], to be divided by `TABLE_SCALE`."""
+    scaled = torch.tensor(CODEBOOK[quant_type], dtype=torch.float64) * TABLE_SCALE[quant_type, dtype]
+    return scaled.to(DTYPE[dtype]).double()
+
+
+def table_words(quant_type: str, dtype: str) -> tuple[str, ...]:
+    """Low bytes of the 16 values as four words, then their high bytes."""
+    bits = table_values(quant_type, dtype).to(DTYPE[dtype]).view(torch.uint16).tolist()
+    halves = bytes(value & 255 for value in bits) + bytes(value >> 8 for value in bits)
+    return tuple(f"0x{word:08x}" for word in struct.unpack("<8I", halves))
+
+
+def float_literal(value: float) -> str:
+    """A float32 as PTX writes it exactly."""
+    return "0f" + struct.pack(">f", value).hex().upper()
+
+
+# Compile-time functions may look constants up but call nothing of the standard library.
+WORDS: Final = {key: table_words(*key) for key in TABLE_SCALE}
+INVERSE: Final = {key: float_literal(1.0 / value) for key, value in TABLE_SCALE.items()}
+MMA: Final = {
+    ("bf16", 16): "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+    ("fp16", 16): "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+    ("fp16", 8): "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32",
+}
+TO_FLOAT: Final = {
+    # From bfloat16 there is no conversion before compute capability 9.0; its bits are the upper half of a float32.
+    "bf16": "ld.global.b16 h, [$4]; mov.b32 b, {z, h};",
+    "fp16": "ld.global.b16 h, [$4]; cvt.f32.f16 b, h;",
+    "fp32": "ld.global.f32 b, [$4];",
+}
+
+
+@triton.constexpr_function
+def outputs(kind: str, count: int) -> str:
+    """Constraints of `count` outputs that are written before all inputs are read."""
+    return ",".join(["=&" + kind] * count)
+
+
+@triton.constexpr_function
+def chunk(warps: int, sums: int) -> int:
+    """How many sums go through shared memory at a time: 8 KiB for all warps."""
+    return min(sums, 64 // warps)
+
+
+@triton.constexpr_function
+def sum_bytes(warps: int, warps_n: int, tiles: int, sums: int, one_row: bool) -> int:
+    """Shared memory for sums over warps."""
+    if warps == warps_n:
+        return 0
+    return 2 * warps * 16 * tiles * 4 if one_row else warps * chunk(warps, sums) * 128
+
+
+@triton.constexpr_function
+def static_bytes(warps: int, warps_n: int, tiles: int, sums: int, one_row: bool, nested: bool) -> int:
+    """All shared memory that the assembly declares."""
+    return TABLE_BYTES + (MAP_BYTES if nested else 0) + sum_bytes(warps, warps_n, tiles, sums, one_row)
+
+
+@triton.constexpr_function
+def load_codes(unroll: int, stride: int, guarded: bool) -> str:
+    """16 bytes of each of `unroll` tiles that lie `stride` bytes apart; read once, so L1 keeps none of them.
+
+    Operands: 4 * unroll words out; an address and, for each tile if `guarded` else once, whether to load.
+    """
+    count = 4 * unroll
+    text = "{ .reg .pred p;\n"
+    for u in range(unroll):
+        words = ",".join([f"${4 * u + i}" for i in range(4)])
+        if guarded:
+            for i in range(4):
+                text += f"mov.b32 ${4 * u + i}, 0; "
+        if guarded or u == 0:
+            text += f"setp.ne.b32 p, ${count + 1 + u}, 0; "
+        text += f"@p ld.global.L1::no_allocate.v4.b32 {{{words}}}, [${count} + {u * stride}];\n"
+    return text + "}"
+
+
+@triton.constexpr_function
+def load_codes_operands(unroll: int, guarded: bool) -> str:
+    return outputs("r", 4 * unroll) + ",l" + ",r" * (unroll if guarded else 1)
+
+
+@triton.constexpr_function
+def load_scales(nested: bool, groups: int, guarded: bool) -> str:
+    """Scales of rows g and g + 8 for one tile, or what they are computed from; zeros where `guarded` and not loaded.
+
+    Operands: plain, two float32 for each of `groups` blocks; nested, for each one word with two codes and two
+    float32. Then the address (and for nested two addresses a group), and whether to load.
+    """
+    count = (3 if nested else 2) * groups
+    text = "{ .reg .pred p;\n"
+    if guarded:
+        for i in range(count):
+            text += f"mov.b32 ${i}, 0; "
+    text += f"setp.ne.b32 p, ${count + (1 + 2 * groups if nested else 1)}, 0;\n"
+    for group in range(groups):
+        if nested:
+            i, address = 3 * group, count + 1 + 2 * group
+            text += "{ .reg .b16 h; mov.b16 h, 0; "
+            text += f"@p ld.global.b16 h, [${count} + {16 * group}]; cvt.u32.u16 ${i}, h; }}\n"
+            text += f"@p ld.global.f32 ${i + 1}, [${address}]; @p ld.global.f32 ${i + 2}, [${address + 1}];\n"
+        else:
+            i = 2 * group
+            text += f"@p ld.global.v2.f32 {{${i},${i + 1}}}, [${count} + {64 * group}];\n"
+    return text + "}"
+
+
+@triton.constexpr_function
+def load_scales_operands(nested: bool, groups: int) -> str:
+    if nested:
+        return ",".join(["=&r,=&f,=&f"] * groups) + ",l" + ",l,l" * groups + ",r"
+    return outputs("f", 2 * groups) + ",l,r"
+
+
+@triton.constexpr_function
+def nested_scales() -> str:
+    """Two scales from codes and factors: map[code] * factor + offset, product and sum each rounded.
+
+    Operands: two float32 out; the word of codes, two factors, the offset.
+    """
+    text = "{ .reg .b32 c,a; .reg .f32 m;\n"
+    for i in range(2):
+        text += f"bfe.u32 c, $2, {8 * i}, 8; mov.u32 a, onegpu_map; mad.lo.u32 a, c, 4, a; ld.shared.f32 m, [a]; "
+        text += f"mul.rn.f32 m, m, ${3 + i}; add.rn.f32 ${i}, m, $5;\n"
+    return text + "}"
+
+
+@triton.constexpr_function
+def load_x(guarded: bool) -> str:
+    """A lane's 16 values of one row of x: columns 0..7 and 32..39 from the address on."""
+    if not guarded:
+        return "{ ld.global.v4.b32 {$0,$1,$2,$3}, [$8]; ld.global.v4.b32 {$4,$5,$6,$7}, [$8 + 64]; }"
+    text = "{ .reg .pred p; setp.ne.b32 p, $9, 0; "
+    for i in range(8):
+        text += f"mov.b32 ${i}, 0; "
+    return text + "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$8]; @p ld.global.v4.b32 {$4,$5,$6,$7}, [$8 + 64]; }"
+
+
+@triton.constexpr_function
+def load_x_operands(guarded: bool) -> str:
+    return outputs("r", 8) + (",l,r" if guarded else ",l")
+
+
+@triton.constexpr_function
+def declare(bytes_for_sums: int, nested: bool) -> str:
+    """Shared memory; must reach PTX exactly once."""
+    text = f".shared .align 128 .b8 onegpu_table[{TABLE_BYTES}];\n"
+    if bytes_for_sums:
+        text += f".shared .align 16 .b8 onegpu_sums[{bytes_for_sums}];\n"
+    if nested:
+        text += f".shared .align 16 .b8 onegpu_map[{MAP_BYTES}];\n"
+    return text
+
+
+@triton.constexpr_function
+def fill_table(warps: int, quant_type: str, dtype: str, bytes_for_sums: int, nested: bool) -> str:
+    """Declare shared memory, fill the table (and the map of nested scales), wait for all warps.
+
+    Operands: the address of this lane's copy of entry 0 out; for nested scales the address of the map, else anything.
+
+    The 16 values are immediates, picked by byte permutes: an entry's two nibbles select bytes among the lower eight
+    values and among the upper eight, and their top bits select between the two. A thread writes 16 bytes at a time,
+    four copies; lanes that write different entries take different slots at a time, so eight lanes cover all banks.
+    """
+    threads = 32 * warps
+    passes = max(1, 256 // threads)
+    shared_by = max(1, threads // 256)
+    slots = 8 // shared_by
+    bits = 1 if shared_by == 2 else 0
+    words = WORDS[quant_type, dtype]
+    text = declare(bytes_for_sums, nested)
+    text += "{ .reg .b32 t,e,i,s,a,b,l,h,w,p,q,n,base; .reg .f32 f;\n"
+    text += "mov.u32 t, %tid.x; mov.u32 base, onegpu_table;\n"
+    if nested:
+        text += "{ .reg .pred m; .reg .b64 g; .reg .b32 d; "
+        for k in range(passes):
+            text += f"add.u32 d, t, {k * threads}; setp.lt.u32 m, d, 256; mul.wide.u32 g, d, 4; add.u64 g, g, $1; "
+            text += "@m ld.global.f32 f, [g]; mov.u32 a, onegpu_map; mad.lo.u32 d, d, 4, a; @m st.shared.f32 [d], f;\n"
+        text += "}\n"
+    for k in range(passes):
+        text += f"shr.u32 e, t, {bits}; add.u32 e, e, {k * threads};\n"
+        text += "shr.u32 i, e, 4; and.b32 n, e, 15; shl.b32 n, n, 4; or.b32 i, i, n;\n"
+        text += "and.b32 s, i, 0x88; shr.u32 s, s, 1; or.b32 s, s, 0x10; and.b32 i, i, 0x77;\n"
+        for half in range(2):
+            o, out = 4 * half, "h" if half else "l"
+            text += f"mov.b32 p, {words[o]}; mov.b32 w, {words[o + 1]}; prmt.b32 a, p, w, i;\n"
+            text += (
+                f"mov.b32 p, {words[o + 2]}; mov.b32 w, {words[o + 3]}; prmt.b32 b, p, w, i; prmt.b32 {out}, a, b, s;\n"
+            )
+        text += "prmt.b32 w, l, h, 0x5140; shl.b32 p, e, 7; add.u32 p, p, base;\n"
+        text += f"and.b32 q, e, {slots - 1}; and.b32 n, t, {shared_by - 1}; mul.lo.u32 n, n, {slots};\n"
+        for j in range(slots):
+            text += f"xor.b32 s, q, {j}; add.u32 s, s, n; shl.b32 s, s, 4; add.u32 s, s, p; "
+            text += "st.shared.v4.b32 [s], {w,w,w,w};\n"
+    return text + "bar.sync 0; and.b32 t, t, 31; shl.b32 t, t, 2; add.u32 $0, base, t; }"
+
+
+@triton.constexpr_function
+def num_products(columns: int, one_row: bool, groups: int) -> int:
+    """Sums that `multiply` gives: two or four for each eight rows of x, for each block of a tile."""
+    return groups * (2 if one_row else 4 * columns)
+
+
+@triton.constexpr_function
+def multiply(columns: int, one_row: bool, groups: int, dtype: str, depth: int) -> str:
+    """One tile times 8 * `columns` rows of x.
+
+    Operands: `num_products` float32 out, by block of the tile, then by eight rows of x: rows g and g + 8 of the
+    tile for row 2 t of x and for row 2 t + 1; with `one_row` for the first alone. Then four words of codes, eight
+    words for each eight rows of x, the table's address. `depth` is that of the tensor core's step: 16, or 8 before
+    compute capability 8.0.
+    """
+    count = num_products(columns, one_row, groups)
+    block = count // groups
+    codes, x = count, count + 4
+    table = x + 8 * columns
+    text = "{ .reg .b32 o,w0,w1,w2,w3; .reg .f32 u0,u1;\n"
+    for i in range(count):
+        text += f"mov.b32 ${i}, 0f00000000; "
+    if one_row:
+        text += "mov.b32 u0, 0f00000000; mov.b32 u1, 0f00000000;"
+    for j in range(4):
+        text += "\n"
+        for i in range(4):
+            text += f"dp4a.u32.u32 o, ${codes + j}, 0x{0x80 << (8 * i):x}, ${table}; ld.shared.b32 w{i}, [o];\n"
+        first = (j * groups // 4) * block
+        for c in range(columns):
+            if one_row:
+                d = f"{{${first},u0,${first + 1},u1}}"
+            else:
+                d = "{" + ",".join([f"${first + 4 * c + i}" for i in range(4)]) + "}"
+            b = x + 8 * c + 2 * j
+            if depth == 16:
+                text += f"{MMA[dtype, 16]} {d},{{w0,w1,w2,w3}},{{${b},${b + 1}}},{d};\n"
+            else:
+                text += (
+                    f"{MMA[dtype, 8]} {d},{{w0,w1}},{{${b}}},{d};\n{MMA[dtype, 8]} {d},{{w2,w3}},{{${b + 1}}},{d};\n"
+                )
+    return text + "}"
+
+
+@triton.constexpr_function
+def multiply_operands(columns: int, one_row: bool, groups: int) -> str:
+    return outputs("f", num_products(columns, one_row, groups)) + ",r" * (4 + 8 * columns + 1)
+
+
+@triton.constexpr_function
+def sum_one_row(warps: int, tiles: int) -> str:
+    """Sums over all warps; thread i < 16 * tiles gets row i.
+
+    Operands: the sum out; two sums for each tile (rows g and g + 8, right in the lanes with t = 0); 0 or 1 by turns,
+    which picks one of two buffers, so that one barrier is enough.
+    """
+    stride = 64 * tiles
+    text = "{ .reg .b32 t,l,w,g,b,v; .reg .f32 f; .reg .pred p,q;\n"
+    text += (
+        "mov.u32 t, %tid.x; and.b32 l, t, 31; shr.u32 w, t, 5; shr.u32 g, l, 2; and.b32 l, l, 3; setp.eq.u32 p, l, 0;\n"
+    )
+    text += f"mov.u32 b, onegpu_sums; mad.lo.u32 b, ${2 * tiles + 1}, {warps * stride}, b;\n"
+    text += f"mad.lo.u32 v, w, {stride}, b; mad.lo.u32 v, g, 4, v;\n"
+    for t in range(tiles):
+        for half in range(2):
+            text += f"@p st.shared.f32 [v + {64 * t + 32 * half}], ${1 + 2 * t + half};\n"
+    text += f"bar.sync 0; mov.b32 $0, 0f00000000; mov.b32 f, 0f00000000; setp.lt.u32 q, t, {16 * tiles};\n"
+    text += "mad.lo.u32 v, t, 4, b;\n"
+    for k in range(warps):
+        text += f"@q ld.shared.f32 f, [v + {k * stride}]; add.rn.f32 $0, $0, f;\n"
+    return text + "}"
+
+
+@triton.constexpr_function
+def sum_rows(warps: int, warps_n: int, count: int) -> str:
+    """`count` sums over the warps that share rows; right in the first `warps_n` warps.
+
+    Operands: `count` sums out, `count` in. Warp w works on rows w % warps_n.
+    """
+    text = "{ .reg .b32 t,l,w,b,v; .reg .f32 f; .reg .pred q;\n"
+    text += "mov.u32 t, %tid.x; and.b32 l, t, 31; shr.u32 w, t, 5; mov.u32 b, onegpu_sums; mad.lo.u32 b, l, 4, b;\n"
+    text += f"mad.lo.u32 v, w, {128 * count}, b; mov.b32 f, 0f00000000;\n"
+    for i in range(count):
+        text += f"st.shared.f32 [v + {128 * i}], ${count + i};\n"
+    text += f"bar.sync 0; setp.lt.u32 q, w, {warps_n};\n"
+    for i in range(count):
+        text += f"mov.b32 ${i}, ${count + i};\n"
+        for k in range(1, warps // warps_n):
+            text += f"@q ld.shared.f32 f, [v + {(k * warps_n * count + i) * 128}]; add.rn.f32 ${i}, ${i}, f;\n"
+    return text + "bar.sync 0; }"
+
+
+@triton.constexpr_function
+def store(quant_type: str, dtype: str, bias_dtype: str | None) -> str:
+    """Take the table's constant off, add the bias, round once, write one element.
+
+    A `tl.store` here would make Triton compute all it depends on again in another layout, assembly included.
+
+    Operands: nothing of use out; the address in y, the sum, whether to write, the address of the bias.
+    """
+    text = "{ .reg .pred p; .reg .b16 h,z; .reg .f32 f,b; setp.ne.b32 p, $3, 0; mov.b16 z, 0; mov.b16 h, 0; "
+    text += f"mul.rn.f32 f, $2, {INVERSE[quant_type, dtype]};\n"
+    if bias_dtype is not None:
+        text += "mov.b32 b, 0f00000000; @p " + TO_FLOAT[bias_dtype] + " add.rn.f32 f, f, b;\n"
+    convert = "cvt.rn.bf16.f32" if dtype == "bf16" else "cvt.rn.f16.f32"
+    return text + f"{convert} h, f; @p st.global.b16 [$1], h; mov.b32 $0, 0; }}"

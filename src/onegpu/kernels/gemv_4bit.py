@@ -1,0 +1,582 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment"
+"""y = x @ W.T + bias for a tiled 4-bit W and up to 32 rows of x: one kernel, bound by reading W.
+
+    y[m, n] = round((sum over blocks b of absmax[n, b] * sum over k in b of table[code[n, k]] * x[m, k]) / c + bias[n])
+
+with table = the codebook times c, rounded to the dtype of x (`asm_4bit`), products exact, all sums in float32 and one
+rounding at the end. Nested scales are evaluated here, so only their 8-bit codes are read. W comes in the tiles of
+`onegpu.formats.tiling`.
+
+A warp takes `TILES` tiles of 16 rows by `UNROLL` tiles of 64 columns at a time; of a program's warps, `WARPS_N` lie
+side by side along rows of W and the rest split K. A program walks row groups with the stride of the grid, and every
+load of codes and scales is issued one step before it is used, across row groups too: what counts is bytes in flight.
+
+Everything that touches registers of a tensor core is inline assembly on values of shape [warps, 32 lanes], whose
+element index is the thread's own index; so are the stores (see `asm_4bit.store`). The operands of x are rows in their
+natural order.
+
+With `OVERLAP` (compute capability 9.0 and up) the kernel begins while the one before it still runs, fills its table
+and fetches its first weights, and only then waits; the kernel after it may do the same as soon as it has waited. So
+whatever wrote W must have finished before the kernel in front of this one began to let others start.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onegpu.kernels import asm_4bit as asm
+from onegpu.kernels.launch import NO_CONTRACTION, nested_arguments, on_device_of
+
+__all__ = ["MAX_ROWS", "Config", "configure", "constants", "gemv_4bit", "gemv_4bit_kernel", "why_not_gemv"]
+
+MAX_ROWS = 32
+OVERLAP_CAPABILITY = (9, 0)
+BFLOAT16_CAPABILITY = (8, 0)
+OLDEST_CAPABILITY = (7, 5)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@triton.constexpr_function
+def same(kind, count):
+    return (kind,) * count
+
+
+@triton.constexpr_function
+def nested_types(groups):
+    return (tl.int32, tl.float32, tl.float32) * groups
+
+
+@triton.constexpr_function
+def dtype_name(dtype):
+    return dtype.name
+
+
+@triton.jit
+def zeros(like, count: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(count):
+        out = out + (like.to(tl.float32),)  # noqa: RUF005, tuples of Triton know no unpacking
+    return out
+
+
+@triton.constexpr_function
+def log2(value):
+    return value.bit_length() - 1
+
+
+@triton.jit
+def block_of(column_tile, BLOCKSIZE: tl.constexpr):
+    """The (first) block of a row that a tile of 64 columns lies in; shifts, since `//` minds the sign."""
+    if BLOCKSIZE == 32:
+        block = column_tile * 2
+    else:
+        block = column_tile >> log2(BLOCKSIZE // 64)
+    return block
+
+
+@triton.jit
+def load_weights(
+    tiled_ptr,
+    absmax_ptr,
+    nested_absmax_ptr,
+    lane,
+    warp_n,
+    warp_k,
+    group,  # which TILES * WARPS_N tiles of rows
+    step,  # which UNROLL * warps along K
+    more,  # whether there is anything to load
+    N,
+    K,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_K: tl.constexpr,
+    TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """A lane's codes and scales of TILES x UNROLL tiles, as two flat tuples."""
+    GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
+    columns = K // 64
+    blocks = K // BLOCKSIZE
+    row_tiles = tl.cdiv(N, 16)
+    g = lane // 4
+    first = step * (WARPS_K * UNROLL) + warp_k
+    load = (lane * 0 + more).to(tl.int32)
+    codes = ()
+    scales = ()
+    for t in tl.static_range(TILES):
+        row_tile = (group * WARPS_N + warp_n) * TILES + t
+        if WARPS_N * TILES > 1:
+            row_tile = tl.minimum(row_tile, row_tiles - 1)
+        address = (tiled_ptr + (row_tile * columns + first) * 128 + lane * 4).to(tl.int64)
+        guards = (load,)
+        if not EVEN_K:
+            guards = ()
+            for u in tl.static_range(UNROLL):
+                guards = guards + (load & (first + u * WARPS_K < columns).to(tl.int32),)  # noqa: RUF005
+        codes = codes + tl.inline_asm_elementwise(
+            asm.load_codes(UNROLL, WARPS_K * 512, not EVEN_K),
+            asm.load_codes_operands(UNROLL, not EVEN_K),
+            (address,) + guards,  # noqa: RUF005
+            dtype=same(tl.int32, 4 * UNROLL),
+            is_pure=False,
+            pack=1,
+        )
+        for u in tl.static_range(UNROLL):
+            block = block_of(first + u * WARPS_K, BLOCKSIZE)
+            guard = guards[0 if EVEN_K else u]
+            address = row_tile * (blocks * 16) + block * 16 + g * 2
+            if NESTED:
+                addresses = ((absmax_ptr + address).to(tl.int64),)
+                for i in tl.static_range(GROUPS):
+                    upper = tl.minimum(row_tile * 16 + g, N - 1) * blocks + block + i
+                    lower = tl.minimum(row_tile * 16 + g + 8, N - 1) * blocks + block + i
+                    addresses = addresses + (  # noqa: RUF005
+                        (nested_absmax_ptr + (upper >> 8)).to(tl.int64),
+                        (nested_absmax_ptr + (lower >> 8)).to(tl.int64),
+                    )
+                scales = scales + tl.inline_asm_elementwise(
+                    asm.load_scales(NESTED, GROUPS, not EVEN_K),
+                    asm.load_scales_operands(NESTED, GROUPS),
+                    addresses + (guard,),  # noqa: RUF005
+                    dtype=nested_types(GROUPS),
+                    is_pure=False,
+                    pack=1,
+                )
+            else:
+                scales = scales + tl.inline_asm_elementwise(
+                    asm.load_scales(NESTED, GROUPS, not EVEN_K),
+                    asm.load_scales_operands(NESTED, GROUPS),
+                    ((absmax_ptr + address).to(tl.int64), guard),
+                    dtype=same(tl.float32, 2 * GROUPS),
+                    is_pure=False,
+                    pack=1,
+                )
+    return codes, scales
+
+
+@triton.jit
+def words(codes, tile: tl.constexpr):
+    """The four words of one tile."""
+    return (codes[4 * tile], codes[4 * tile + 1], codes[4 * tile + 2], codes[4 * tile + 3])
+
+
+@triton.jit
+def scale_pair(scales, block: tl.constexpr, offset, NESTED: tl.constexpr):
+    """The float32 scales of rows g and g + 8 for one block of columns."""
+    if NESTED:
+        pair = tl.inline_asm_elementwise(
+            asm.nested_scales(),
+            "=&f,=&f,r,f,f,f",
+            (scales[3 * block], scales[3 * block + 1], scales[3 * block + 2], offset),
+            dtype=same(tl.float32, 2),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        pair = (scales[2 * block], scales[2 * block + 1])
+    return pair
+
+
+@triton.jit
+def multiply_step(
+    sums,
+    codes,
+    scales,
+    table,
+    offset,
+    x_ptr,
+    stride_xm,
+    lane,
+    warp_k,
+    step,
+    M,
+    K,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS_K: tl.constexpr,
+    TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`sums` with the products of one step added."""
+    GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
+    SUMS: tl.constexpr = asm.num_products(COLUMNS, ONE_ROW, 1)
+    DTYPE: tl.constexpr = dtype_name(x_ptr.dtype.element_ty)
+    g = lane // 4
+    for u in tl.static_range(UNROLL):
+        column = step * (WARPS_K * UNROLL) + warp_k + u * WARPS_K
+        x = ()
+        for c in tl.static_range(COLUMNS):
+            # With one row all lanes read it; of the tensor core's eight results seven are not looked at.
+            row = lane * 0 if ONE_ROW else tl.minimum(g + 8 * c, M - 1)
+            address = (x_ptr + row * stride_xm + column * 64 + lane % 4 * 8).to(tl.int64)
+            operands = (address,)
+            if not EVEN_K:
+                operands = (address, (column < K // 64).to(tl.int32))
+            x = x + tl.inline_asm_elementwise(
+                asm.load_x(not EVEN_K),
+                asm.load_x_operands(not EVEN_K),
+                operands,
+                dtype=same(tl.int32, 8),
+                is_pure=False,
+                pack=1,
+            )
+        added = ()
+        for t in tl.static_range(TILES):
+            products = tl.inline_asm_elementwise(
+                asm.multiply(COLUMNS, ONE_ROW, GROUPS, DTYPE, DEPTH),
+                asm.multiply_operands(COLUMNS, ONE_ROW, GROUPS),
+                words(codes, t * UNROLL + u) + x + (table,),
+                dtype=same(tl.float32, GROUPS * SUMS),
+                is_pure=False,
+                pack=1,
+            )
+            pairs = ()
+            for i in tl.static_range(GROUPS):
+                pairs = pairs + scale_pair(scales, (t * UNROLL + u) * GROUPS + i, offset, NESTED)
+            for i in tl.static_range(SUMS):
+                total = tl.fma(products[i], pairs[i if ONE_ROW else i // 2 % 2], sums[t * SUMS + i])
+                if GROUPS == 2:
+                    total = tl.fma(products[SUMS + i], pairs[2 + (i if ONE_ROW else i // 2 % 2)], total)
+                added = added + (total,)  # noqa: RUF005
+        sums = added
+    return sums
+
+
+@triton.jit
+def store_element(y_ptr, bias_ptr, value, row, column, wanted, N, QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """y[column, row], with `row` a row of W and `column` one of x."""
+    DTYPE: tl.constexpr = dtype_name(y_ptr.dtype.element_ty)
+    BIAS: tl.constexpr = dtype_name(bias_ptr.dtype.element_ty) if HAS_BIAS else None
+    address = (y_ptr + column * N + row).to(tl.int64)
+    bias = (bias_ptr + row).to(tl.int64)
+    tl.inline_asm_elementwise(
+        asm.store(QUANT_TYPE, DTYPE, BIAS),
+        "=r,l,f,r,l",
+        (address, value, (wanted & (row < N)).to(tl.int32), bias),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def finish_one_row(
+    sums, y_ptr, bias_ptr, thread, group, turn, N,
+    QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    value = tl.inline_asm_elementwise(
+        asm.sum_one_row(WARPS, TILES),
+        "=&f" + ",f" * (2 * TILES) + ",r",
+        sums + (thread * 0 + turn,),  # noqa: RUF005
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+    row = group * (16 * TILES) + thread
+    store_element(y_ptr, bias_ptr, value, row, thread * 0, thread < 16 * TILES, N, QUANT_TYPE, HAS_BIAS)
+
+
+@triton.jit
+def finish_rows(
+    sums, y_ptr, bias_ptr, lane, warp_n, warp_k, group, M, N,
+    QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    WARPS_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    TOTAL: tl.constexpr = TILES * 4 * COLUMNS
+    CHUNK: tl.constexpr = asm.chunk(WARPS, TOTAL)
+    for first in tl.static_range(0, TOTAL, CHUNK):
+        part = ()
+        for i in tl.static_range(CHUNK):
+            part = part + (sums[first + i],)  # noqa: RUF005
+        if WARPS > WARPS_N:
+            part = tl.inline_asm_elementwise(
+                asm.sum_rows(WARPS, WARPS_N, CHUNK),
+                asm.outputs("f", CHUNK) + ",f" * CHUNK,
+                part,
+                dtype=same(tl.float32, CHUNK),
+                is_pure=False,
+                pack=1,
+            )
+        for i in tl.static_range(CHUNK):
+            row_tile = (group * WARPS_N + warp_n) * TILES + (first + i) // (4 * COLUMNS)
+            row = row_tile * 16 + i // 2 % 2 * 8 + lane // 4
+            column = (first + i) // 4 % COLUMNS * 8 + i % 2 + lane % 4 * 2
+            store_element(y_ptr, bias_ptr, part[i], row, column, (warp_k == 0) & (column < M), N, QUANT_TYPE, HAS_BIAS)
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_xm"])
+def gemv_4bit_kernel(
+    tiled_ptr,  # int32 [ceil(N / 16), K / 64, 32 lanes, 4]
+    absmax_ptr,  # float32 [ceil(N / 16), K / BLOCKSIZE, 8, 2], or uint8 if NESTED
+    nested_absmax_ptr,  # float32 [ceil(N * K / BLOCKSIZE / 256)], read if NESTED; so are the next two
+    nested_code_ptr,  # float32 [256]
+    nested_offset_ptr,  # float32 []
+    x_ptr,  # [M, K], rows on 16-byte boundaries
+    stride_xm,
+    bias_ptr,  # [N], read if HAS_BIAS
+    y_ptr,  # [M, N]
+    M,
+    N,
+    K,
+    QUANT_TYPE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ONE_ROW: tl.constexpr,  # M is 1
+    COLUMNS: tl.constexpr,  # ceil(M / 8)
+    WARPS: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EVEN_K: tl.constexpr,  # the program's warps and their steps divide K / 64
+    OVERLAP: tl.constexpr,
+    DEPTH: tl.constexpr,  # of one tensor core step: 16, on Turing 8
+):
+    WARPS_K: tl.constexpr = WARPS // WARPS_N
+    SUMS: tl.constexpr = TILES * asm.num_products(COLUMNS, ONE_ROW, 1)
+    DTYPE: tl.constexpr = dtype_name(x_ptr.dtype.element_ty)
+    thread = tl.arange(0, WARPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    lane = thread % 32
+    warp_n = thread // 32 % WARPS_N
+    warp_k = thread // 32 // WARPS_N
+    groups = tl.cdiv(N, 16 * TILES * WARPS_N)
+    steps = tl.cdiv(K // 64, WARPS_K * UNROLL)
+    group = tl.program_id(0)
+    step = 0
+    total = tl.cdiv(groups - group, tl.num_programs(0)) * steps
+    codes, scales = load_weights(
+        tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, step, total > 0, N, K,
+        BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K,
+    )  # fmt: skip
+    map_address = (nested_code_ptr + thread * 0).to(tl.int64)
+    table = tl.inline_asm_elementwise(
+        asm.fill_table(WARPS, QUANT_TYPE, DTYPE, asm.sum_bytes(WARPS, WARPS_N, TILES, SUMS, ONE_ROW), NESTED),
+        "=r,l",
+        (map_address,),
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    offset = 0.0
+    if NESTED:
+        offset = tl.load(nested_offset_ptr)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sums = zeros(thread * 0, SUMS)
+    turn = 0
+    for i in range(total):
+        last = step + 1 == steps
+        next_step = tl.where(last, 0, step + 1)
+        next_group = tl.where(last, group + tl.num_programs(0), group)
+        next_codes, next_scales = load_weights(
+            tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, i + 1 < total, N, K,
+            BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K,
+        )  # fmt: skip
+        sums = multiply_step(
+            sums, codes, scales, table, thread * 0.0 + offset, x_ptr, stride_xm, lane, warp_k, step, M, K,
+            BLOCKSIZE, NESTED, ONE_ROW, COLUMNS, WARPS_K, TILES, UNROLL, EVEN_K, DEPTH,
+        )  # fmt: skip
+        if last:
+            if ONE_ROW:
+                finish_one_row(sums, y_ptr, bias_ptr, thread, group, turn, N, QUANT_TYPE, HAS_BIAS, WARPS, TILES)
+                turn = 1 - turn
+            else:
+                finish_rows(
+                    sums, y_ptr, bias_ptr, lane, warp_n, warp_k, group, M, N,
+                    QUANT_TYPE, HAS_BIAS, COLUMNS, WARPS, WARPS_N, TILES,
+                )  # fmt: skip
+            sums = zeros(thread * 0, SUMS)
+        codes = next_codes
+        scales = next_scales
+        step = next_step
+        group = next_group
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one program works, and how many there are."""
+
+    warps: int
+    warps_n: int  # side by side along rows of W; the rest split K
+    tiles: int  # of 16 rows, of one warp
+    unroll: int  # tiles of 64 columns at a time
+    per_sm: int = 0  # programs for each processor at most; 0 for one program per row group
+    even: bool = False  # fewer programs, so that all have the same number of row groups
+
+    def grid(self, N: int, processors: int) -> int:
+        """Programs for N rows of W."""
+        groups = triton.cdiv(N, 16 * self.tiles * self.warps_n)
+        limit = groups if self.per_sm == 0 else min(groups, self.per_sm * processors)
+        return triton.cdiv(groups, triton.cdiv(groups, limit)) if self.even else limit
+
+    def is_even_k(self, K: int) -> bool:
+        """Whether steps divide K, so that no load needs a guard."""
+        return (K // 64) % (self.warps // self.warps_n * self.unroll) == 0
+
+    def fitted(self, K: int) -> Config:
+        """The nearest configuration whose steps divide K; this one if none does."""
+        warps = self.warps
+        while warps >= max(4, self.warps_n):
+            unroll = self.unroll
+            while unroll:
+                candidate = Config(warps, self.warps_n, self.tiles, unroll, self.per_sm, self.even)
+                if candidate.is_even_k(K):
+                    return candidate
+                unroll //= 2
+            warps //= 2
+        return self
+
+
+# By rows of x (1, up to 8, 16, 32) and shape of W: `deep` from K = 8192 on, else `wide` from N = 16384 on, else
+# `small`. On an H100 (132 processors, Triton 3.6): for one row 4 warps x 4 tiles along K keep most bytes in flight;
+# deep weights have few rows, so 16 warps split K; more rows of x need registers, so tiles get fewer.
+ALONE = {
+    (1, "small"): Config(4, 1, 1, 4),
+    (1, "wide"): Config(4, 1, 1, 4, per_sm=4),
+    (1, "deep"): Config(16, 1, 1, 2),
+    (8, "small"): Config(4, 1, 1, 4),
+    (8, "wide"): Config(4, 1, 1, 4, per_sm=4),
+    (8, "deep"): Config(4, 1, 1, 4),
+    (16, "small"): Config(4, 1, 1, 2),
+    (16, "wide"): Config(4, 2, 2, 1),
+    (16, "deep"): Config(4, 1, 1, 2),
+    (32, "small"): Config(8, 1, 2, 1),
+    (32, "wide"): Config(4, 4, 2, 1),
+    (32, "deep"): Config(8, 1, 2, 1),
+}
+# With OVERLAP two kernels share a processor for a while, so other choices win (4 layers' products in a chain).
+OVERLAPPED = ALONE | {
+    (1, "narrow"): Config(16, 1, 1, 2),
+    (1, "small"): Config(8, 1, 1, 2),
+    (1, "wide"): Config(4, 1, 2, 2, per_sm=4, even=True),
+    (1, "deep"): Config(16, 1, 2, 2),
+}
+
+
+def configure(M: int, N: int, K: int, overlap: bool) -> Config:
+    """The configuration for M <= MAX_ROWS rows of x and a weight [N, K]."""
+    rows = next(limit for limit in (1, 8, 16, 32) if limit >= M)
+    shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "small"
+    if overlap and rows == 1 and shape == "small" and N <= 4096:
+        shape = "narrow"
+    return (OVERLAPPED if overlap else ALONE)[rows, shape].fitted(K)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def why_not_gemv(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this kernel runs for x of `dtype` on a CUDA device, else the reason in a sentence."""
+    if torch.version.hip is not None:
+        return "it is written in NVIDIA's assembly"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "tensor cores take 16-bit x only"
+    needed = BFLOAT16_CAPABILITY if dtype == torch.bfloat16 else OLDEST_CAPABILITY
+    if torch.cuda.get_device_capability(device) < needed:
+        return f"{DTYPES[dtype]} needs compute capability {needed[0]}.{needed[1]}"
+    return None
+
+
+def constants(
+    config: Config,
+    M: int,
+    K: int,
+    quant_type: str,
+    blocksize: int,
+    *,
+    nested: bool,
+    has_bias: bool,
+    overlap: bool,
+    capability: tuple[int, int],
+) -> dict[str, Any]:
+    """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
+    return {
+        "QUANT_TYPE": quant_type,
+        "BLOCKSIZE": blocksize,
+        "NESTED": nested,
+        "HAS_BIAS": has_bias,
+        "ONE_ROW": M == 1,
+        "COLUMNS": next(columns for columns in (1, 2, 4) if 8 * columns >= M),
+        "WARPS": config.warps,
+        "WARPS_N": config.warps_n,
+        "TILES": config.tiles,
+        "UNROLL": config.unroll,
+        "EVEN_K": config.is_even_k(K),
+        "OVERLAP": overlap and capability >= OVERLAP_CAPABILITY,
+        "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
+        "num_warps": config.warps,
+        "launch_pdl": overlap and capability >= OVERLAP_CAPABILITY,
+    }
+
+
+def gemv_4bit(
+    y: Tensor,
+    rows: Tensor,
+    tiled: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    overlap: bool = False,
+    config: Config | None = None,
+) -> None:
+    """Write rows @ W.T + bias into y.
+
+    Args:
+        y: [M, N], contiguous, M from 1 to `MAX_ROWS`, in the dtype of `rows`.
+        rows: [M, K], bfloat16 or float16, elements of a row side by side, rows on 16-byte boundaries.
+        tiled, absmax: `onegpu.formats.tiling`'s codes and scales of W [N, K], contiguous.
+        nested: `nested_absmax`, `nested_code`, `nested_offset` where absmax is uint8.
+        overlap: begin before the kernel in front has ended (see the top of this file).
+        config: instead of `configure`'s choice.
+    """
+    M, K = rows.shape
+    N = y.shape[1]
+    config = configure(M, N, K, overlap) if config is None else config
+    device = rows.device
+    scales = nested_arguments(absmax, *(nested or (None, None, None)))
+    settings = constants(
+        config,
+        M,
+        K,
+        quant_type,
+        blocksize,
+        nested=nested is not None,
+        has_bias=bias is not None,
+        overlap=overlap,
+        capability=torch.cuda.get_device_capability(device),
+    )
+    with on_device_of(rows):
+        gemv_4bit_kernel[(config.grid(N, processors(device)),)](
+            tiled.view(torch.int32),
+            *scales,
+            rows,
+            rows.stride(0),
+            y if bias is None else bias,
+            y,
+            M,
+            N,
+            K,
+            **settings,
+            **NO_CONTRACTION,
+        )

@@ -1,0 +1,161 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""y = x @ W.T + bias for a tiled 4-bit W: two ways, by the number of rows of x.
+
+up to SPLIT_ROWS   `gemv_4bit`, which reads W once for every 32 rows
+more               rows of W dequantized to scratch memory, then the vendor's library; also where `gemv_4bit` cannot
+                   run (float32 x, AMD GPUs)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onegpu.formats.tiling import TILE_COLUMNS, TILE_ROWS
+from onegpu.kernels.gemv_4bit import MAX_ROWS, gemv_4bit, why_not_gemv
+from onegpu.kernels.launch import NO_CONTRACTION, decode, nested_arguments, on_device_of
+
+__all__ = ["linear_4bit_tiled"]
+
+# Reading 4-bit weights three times is quicker than once and writing them in 16 bit.
+SPLIT_ROWS = 96
+# Dequantized weights at a time: 64 MiB in 16 bit.
+SCRATCH = 2**25
+TILES = 8
+
+
+@triton.jit(do_not_specialize=["first_row_tile", "row_tiles"])
+def dequantize_tiled_kernel(
+    out_ptr,  # [rows, K]: W from row 16 * first_row_tile on, whole row tiles
+    tiled_ptr,  # uint8 [row tiles, K / 64, 512]
+    absmax_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    first_row_tile,
+    row_tiles,  # how many to write
+    N,
+    K,
+    QUANT_TYPE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One float32 product per weight, rounded once; see `onegpu.formats.tiling` for the order of the bytes."""
+    columns = K // 64
+    blocks = K // BLOCKSIZE
+    tile = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    inside = tile < row_tiles.to(tl.int64) * columns
+    source = first_row_tile.to(tl.int64) * columns + tile
+    byte = tl.load(tiled_ptr + source[:, None] * 512 + tl.arange(0, 512)[None, :], mask=inside[:, None], other=0)
+    # [tile, g, t, a, b, h, r] to [tile, r, g, a, t, b, h]
+    byte = tl.permute(tl.reshape(byte, (TILES, 8, 4, 2, 2, 2, 2)), (0, 6, 1, 3, 2, 4, 5))
+    byte = tl.reshape(byte, (TILES, 16, 32)).to(tl.int32)
+    value = tl.join(decode(byte >> 4, QUANT_TYPE), decode(byte & 15, QUANT_TYPE))
+    PARTS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
+    row = tl.arange(0, 16)
+    part = tl.arange(0, PARTS)
+    row_tile, column_tile = source // columns, source % columns
+    block = column_tile[:, None] * 64 // BLOCKSIZE + part[None, :]
+    place = (row_tile[:, None] * blocks + block)[:, None, :] * 16 + (row % 8 * 2 + row // 8)[None, :, None]
+    n = row_tile[:, None] * 16 + row[None, :]
+    mask = (inside[:, None] & (n < N))[:, :, None] & (part >= 0)[None, None, :]
+    if NESTED:
+        # Codes are in tile order, the float32 part in that of the rows.
+        flat = n[:, :, None] * blocks + block[:, None, :]
+        code = tl.load(absmax_ptr + place, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested_code_ptr + code) * tl.load(nested_absmax_ptr + flat // 256, mask=mask, other=0.0)
+        scale += tl.load(nested_offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + place, mask=mask, other=0.0)
+    value = tl.reshape(value, (TILES, 16, PARTS, 64 // PARTS)) * scale[:, :, :, None]
+    value = tl.reshape(value, (TILES, 16, 64)).to(out_ptr.dtype.element_ty)
+    local = tile // columns
+    out = (local[:, None] * 16 + row[None, :])[:, :, None] * K + (column_tile * 64)[:, None, None]
+    out += tl.arange(0, 64)[None, None, :]
+    tl.store(out_ptr + out, value, mask=inside[:, None, None] & (tl.arange(0, 64) >= 0)[None, None, :])
+
+
+def linear_4bit_tiled(
+    x: Tensor,
+    tiled: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    quant_type: str,
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    """Launcher of the operator `linear_4bit_tiled`; its arguments have been checked."""
+    N, K = out_features, x.shape[-1]
+    rows = x.detach().reshape(-1, K)
+    M = rows.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    bias = None if bias is None else bias.detach().contiguous()
+    tiled, absmax = tiled.contiguous(), absmax.contiguous()
+    nested = None
+    if nested_absmax is not None and nested_code is not None and nested_offset is not None:
+        nested = (nested_absmax.contiguous(), nested_code.contiguous(), nested_offset)
+    if M > SPLIT_ROWS or (M > 0 and (not x.is_cuda or why_not_gemv(x.device, x.dtype) is not None)):
+        _dequantize_and_multiply(y, rows, tiled, absmax, bias, quant_type, blocksize, nested)
+        return y.view(*x.shape[:-1], N)
+    rows = _aligned(rows)
+    for first in range(0, M, MAX_ROWS):
+        part = slice(first, min(first + MAX_ROWS, M))
+        gemv_4bit(y[part], rows[part], tiled, absmax, bias, quant_type, blocksize, nested, overlap=overlap)
+    return y.view(*x.shape[:-1], N)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Rows of 16-bit elements on 16-byte boundaries."""
+    if rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _dequantize_and_multiply(
+    y: Tensor,
+    rows: Tensor,
+    tiled: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    N, K = y.shape[1], rows.shape[1]
+    scales = nested_arguments(absmax, *(nested or (None, None, None)))
+    row_tiles = triton.cdiv(N, TILE_ROWS)
+    step = min(row_tiles, max(1, SCRATCH // K // TILE_ROWS))
+    scratch = torch.empty(step * TILE_ROWS, K, dtype=rows.dtype, device=rows.device)
+    for first in range(0, row_tiles, step):
+        count = min(step, row_tiles - first)
+        with on_device_of(rows):
+            dequantize_tiled_kernel[(triton.cdiv(count * (K // TILE_COLUMNS), TILES),)](
+                scratch,
+                tiled,
+                *scales,
+                first,
+                count,
+                N,
+                K,
+                QUANT_TYPE=quant_type,
+                BLOCKSIZE=blocksize,
+                NESTED=nested is not None,
+                TILES=TILES,
+                num_warps=4,
+                **NO_CONTRACTION,
+            )
+        part = slice(first * TILE_ROWS, min((first + count) * TILE_ROWS, N))
+        weight = scratch[: part.stop - part.start]
+        if bias is None:
+            torch.mm(rows, weight.t(), out=y[:, part])
+        elif bias.dtype == y.dtype:
+            torch.addmm(bias[part], rows, weight.t(), out=y[:, part])
+        else:
+            y[:, part] = torch.mm(rows, weight.t()).float() + bias[part].float()

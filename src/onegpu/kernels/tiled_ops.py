@@ -1,0 +1,185 @@
+"""The operator `linear_4bit_tiled`: the 4-bit product on weights in tile order (`onegpu.formats.tiling`).
+
+Bound like those in `ops`. The reference puts the weight back in rows and is `linear_4bit`'s from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onegpu.errors import ArgumentError
+from onegpu.formats.tiling import (
+    TILE_ROWS,
+    num_tiled_bytes,
+    num_tiled_scales,
+    untile_codes,
+    untile_scales,
+    why_not_tiled,
+)
+from onegpu.kernels import checks, reference
+from onegpu.kernels.ops import LIBRARY, NESTED, bind, dequantize_4bit, fake_linear_4bit
+
+__all__ = ["linear_4bit_tiled", "why_not_tiled"]
+
+OP = "linear_4bit_tiled"
+
+
+def check_linear_4bit_tiled(
+    x: Tensor,
+    tiled: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    quant_type: str,
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    overlap: bool = False,  # noqa: ARG001
+) -> None:
+    """As `checks.linear_4bit`, with the lengths of the tile order."""
+    K = checks._input(OP, x)
+    if out_features < 1:
+        raise ArgumentError(f"{OP}: out_features must be at least 1; got {out_features}")
+    checks._format(quant_type, blocksize)
+    reason = why_not_tiled(out_features, K, blocksize)
+    if reason is not None:
+        raise ArgumentError(f"{OP}: {reason}", "linear_4bit takes every shape")
+    checks._bias(OP, x, bias, out_features)
+    _length("tiled", tiled, torch.uint8, num_tiled_bytes(out_features, K), out_features, K)
+    nested = nested_absmax is not None
+    dtype = torch.uint8 if nested else torch.float32
+    _length("absmax", absmax, dtype, num_tiled_scales(out_features, K, blocksize), out_features, K)
+    checks._same_device(OP, "x", x, tiled=tiled, absmax=absmax)
+    num_blocks = out_features * (K // blocksize)
+    checks._packed_weight(
+        OP,
+        tiled[: out_features * K // 2],
+        absmax[:num_blocks],
+        out_features * K,
+        (out_features, K),
+        blocksize,
+        nested_absmax,
+        nested_code,
+        nested_offset,
+    )
+
+
+def _length(name: str, tensor: Tensor, dtype: torch.dtype, length: int, out_features: int, in_features: int) -> None:
+    if tensor.dtype != dtype or tensor.dim() != 1 or tensor.shape[0] != length:
+        raise ArgumentError(
+            f"{OP}: {name} must be {checks._name(dtype)} [{length}] for a weight of shape "
+            f"[{out_features}, {in_features}], rows padded to a multiple of {TILE_ROWS}; "
+            f"got {checks._described(tensor)}"
+        )
+
+
+def reference_linear_4bit_tiled(
+    x: Tensor,
+    tiled: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    quant_type: str,
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    overlap: bool = False,  # noqa: ARG001
+) -> Tensor:
+    """`reference.linear_4bit` on the weight put back in rows."""
+    packed, absmax = _rows(tiled, absmax, (out_features, x.shape[-1]), blocksize)
+    return reference.linear_4bit(
+        x, packed, absmax, bias, out_features, quant_type, blocksize, nested_absmax, nested_code, nested_offset
+    )
+
+
+def _rows(tiled: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
+    return untile_codes(tiled, *shape), untile_scales(absmax, *shape, blocksize)
+
+
+_linear_4bit_tiled = bind(
+    f"{OP}(Tensor x, Tensor tiled, Tensor absmax, Tensor? bias, SymInt out_features, str quant_type, int blocksize,"
+    f" {NESTED}, bool overlap=False) -> Tensor",
+    check=check_linear_4bit_tiled,
+    fake=fake_linear_4bit,
+    plain=reference_linear_4bit_tiled,
+    cuda="onegpu.kernels.matmul_4bit_tiled",
+)
+
+
+def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001, passed by name
+    x, tiled, absmax, bias, out_features, quant_type, blocksize, *nested, _ = inputs
+    ctx.save_for_backward(tiled, absmax, *nested)
+    ctx.shape = (out_features, x.shape[-1])
+    ctx.quant_type, ctx.blocksize = quant_type, blocksize
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and bias; W is put back in rows and dequantized rather than kept."""
+    tiled, absmax, *nested = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        packed, absmax = _rows(tiled, absmax, ctx.shape, ctx.blocksize)
+        weight = dequantize_4bit(packed, absmax, ctx.shape, ctx.x_dtype, ctx.quant_type, ctx.blocksize, *nested)
+        grad_x = grad @ weight
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(f"onegpu::{OP}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def linear_4bit_tiled(
+    x: Tensor,
+    tiled: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    quant_type: str,
+    blocksize: int,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    """x @ W.T + bias for a 4-bit weight W of shape [N, K] in tile order: made for up to 32 rows of x.
+
+    Never less accurate than dequantizing W to the dtype of x and multiplying. Differentiable in x and bias.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32; any number of rows, also none. K is a multiple of 64.
+        tiled: uint8 [ceil(N / 16) * K * 8] of `onegpu.formats.tiling.tile_codes`.
+        absmax: float32, or uint8 with the three nested tensors, of `onegpu.formats.tiling.tile_scales`.
+        bias: [N] in a floating dtype, or None.
+        out_features: N.
+        blocksize: divides K.
+        nested_absmax, nested_code, nested_offset: as `linear_4bit` takes them; only absmax is in tile order.
+        overlap: the kernel may fetch weights while the one before it on the stream still runs. Only where neither
+            that one nor the one before it wrote the weight. Without effect below compute capability 9.0.
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        ArgumentError, ConfigError, DeviceError: as `linear_4bit`; also for a shape that cannot be tiled.
+    """
+    y: Tensor = _linear_4bit_tiled(
+        x,
+        tiled,
+        absmax,
+        bias,
+        out_features,
+        quant_type,
+        blocksize,
+        nested_absmax,
+        nested_code,
+        nested_offset,
+        overlap,
+    )
+    return y
