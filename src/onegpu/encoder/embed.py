@@ -20,7 +20,7 @@ from onegpu.config import check_choice
 from onegpu.encoder.batching import Rows, Tokenize, batches, tokenized_chunks
 from onegpu.encoder.optimize import encoder_report, known_batch, optimize_encoder
 from onegpu.encoder.recipe import Recipe, pool, read_recipe
-from onegpu.errors import ArgumentError, ConfigError, NotFoundError
+from onegpu.errors import ArgumentError, ConfigError, NotFoundError, OneGpuError
 
 __all__ = ["Encoder"]
 
@@ -77,7 +77,7 @@ class Encoder:
             NotFoundError: no such model.
             UnsupportedError: a pooling or a further step that is not known here.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         own = {key: kwargs.pop(key) for key in ("recipe", "tokens_per_batch") if key in kwargs}
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,11 +87,12 @@ class Encoder:
         try:
             if own.get("recipe") is None:
                 own["recipe"] = find_recipe(name, **shared) or Recipe()
+            AutoConfig.from_pretrained(name, **shared)  # says best what is missing
             tokenizer = AutoTokenizer.from_pretrained(name, **shared)
             model = AutoModel.from_pretrained(name, **kwargs).to(where)
-        except OSError as error:
-            if isinstance(error, NotFoundError):
-                raise
+        except OneGpuError:
+            raise
+        except (OSError, ValueError) as error:
             raise NotFoundError(f"no model {name!r}: {str(error).splitlines()[0]}") from error
         return cls(model, tokenizer, **own)
 

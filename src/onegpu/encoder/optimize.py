@@ -31,7 +31,7 @@ __all__ = [
 ATTRIBUTE = "_onegpu_encoder"
 # Largest difference allowed in the proof, of the plain result's largest magnitude.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-INT8_TOLERANCE = 5e-2
+INT8_COSINE = 0.98
 
 
 @dataclass(slots=True)
@@ -232,17 +232,23 @@ def compare_ways(stack: Stack, batch: dict[str, Tensor]) -> tuple[bool, str | No
             return False, f"without padding its output {name} has another shape"
         if want.shape[:2] == mask.shape:
             want, got = want[mask], got[mask]
-        limit = tolerance(stack, want.dtype) * max(float(want.abs().max()), 1e-6)
-        if not float((got - want).abs().max()) <= limit:
+        if not is_same(got, want, has_int8(stack)):
             return False, f"without padding its output {name} differs from the plain model's"
     return True, None
 
 
-def tolerance(stack: Stack, dtype: torch.dtype) -> float:
-    """Of the largest value. A product in int8 rounds its input by rows: a last bit there is 1/127 of a row's largest."""
-    tensors = (t for layer in stack.layers for t in (*layer.parameters(), *layer.buffers()))
-    int8 = any(t.dtype == torch.int8 for t in tensors)
-    return max(TOLERANCE.get(dtype, 1e-4), INT8_TOLERANCE if int8 else 0.0)
+def has_int8(stack: Stack) -> bool:
+    """Whether a layer holds int8 weights."""
+    return any(t.dtype == torch.int8 for layer in stack.layers for t in (*layer.parameters(), *layer.buffers()))
+
+
+def is_same(got: Tensor, want: Tensor, int8: bool) -> bool:
+    """Whether two results agree. In int8 which columns are outliers depends on every row of a call, padding included,
+    so that the plain model too differs from itself by some percent: there the direction of each vector counts."""
+    if int8:
+        return bool(torch.cosine_similarity(got.float(), want.float(), dim=-1).min() >= INT8_COSINE)
+    limit = TOLERANCE.get(want.dtype, 1e-4) * max(float(want.abs().max()), 1e-6)
+    return bool((got - want).abs().max() <= limit)
 
 
 def probe_batch(tower: nn.Module) -> dict[str, Tensor] | None:

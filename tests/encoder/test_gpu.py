@@ -1,0 +1,163 @@
+"""On a GPU: equal to plain Transformers in every dtype, captured graphs, and the speed the project promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from encoder.test_architectures import MASKS
+from encoder.zoo import CASES, Case, padded_mask
+from onegpu.bench import encode as bench
+from onegpu.encoder import Encoder, EncoderOptions
+from onegpu.encoder.optimize import optimize_encoder, restore_encoder
+
+pytestmark = pytest.mark.gpu
+# Of the largest value, against the plain model in float32: what that dtype's own roundings make, and three times it.
+TOLERANCE = {torch.float32: 3e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+VARIANTS = {
+    "default": EncoderOptions(),
+    "epilogue": EncoderOptions(fuse_activation="epilogue"),
+    "ours": EncoderOptions(attention="onegpu_varlen"),
+    "no graphs": EncoderOptions(graphs=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def floats(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    first = next(model.parameters())
+    moved = {k: v.cuda().to(first.dtype) if v.is_floating_point() else v.cuda() for k, v in inputs.items()}
+    torch.manual_seed(5)
+    with torch.no_grad():
+        output = model(**moved)
+    return {k: v.float().cpu() for k, v in output.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_architecture(case: Case, dtype: torch.dtype) -> None:
+    masks = [padded_mask((5, 10, 4, 2)), padded_mask((9, 2, 3, 6)), padded_mask((6, 10, 3, 2))]
+    model = case.build().cuda()
+    wanted = [floats(model, case.inputs(mask)) for mask in masks]
+    model = model.to(dtype)
+    plain = [floats(model, case.inputs(mask)) for mask in masks]
+    report = optimize_encoder(model)
+    for _ in range(3):
+        for mask, want, own in zip(masks, wanted, plain, strict=True):
+            got = floats(model, case.inputs(mask))
+            for name, expected in want.items():
+                actual, theirs = got[name], own[name]
+                if expected.dim() == 3 and expected.shape[0] == len(mask) and expected.shape[1] >= mask.shape[1]:
+                    valid = case.valid(mask, expected.shape[1])
+                    expected, actual, theirs = expected[valid], actual[valid], theirs[valid]
+                scale = float(expected.abs().max())
+                error, budget = float((actual - expected).abs().max()), float((theirs - expected).abs().max())
+                assert error <= max(3 * budget, TOLERANCE[dtype] * scale), name
+    if case.reason is None:
+        assert report.is_optimized, report.lines()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bert_in_graphs(variant: str) -> None:
+    case = next(case for case in CASES if case.name == "bert")
+    model = case.build().cuda().half()
+    wanted = {kind: floats(model, case.inputs(mask)) for kind, mask in MASKS.items()}
+    stack = optimize_encoder(model, VARIANTS[variant]).stacks[0].stack
+    assert stack is not None
+    for _ in range(3):
+        for kind, mask in MASKS.items():
+            got, rows = floats(model, case.inputs(mask)), mask.bool().any(1)
+            for name, want in wanted[kind].items():
+                valid = mask.bool() & rows[:, None] if want.dim() == 3 else rows
+                assert float((got[name][valid] - want[valid]).abs().max()) <= 2e-2 * float(want.abs().max())
+    if variant == "no graphs":
+        assert not stack.graphs.captured
+    else:
+        assert stack.graphs.captured
+        assert not stack.graphs.refused
+    weight = model.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        weight.mul_(0.5)
+    got = floats(model, case.inputs(MASKS["right"]))
+    restore_encoder(model)
+    want = floats(model, case.inputs(MASKS["right"]))
+    valid = MASKS["right"].bool()
+    key = "last_hidden_state"
+    assert float((got[key][valid] - want[key][valid]).abs().max()) <= 2e-2 * float(want[key].abs().max())
+
+
+def test_one_wait_a_forward() -> None:
+    """The host waits for the mask and for nothing else; with lengths known beforehand, for nothing at all."""
+    model = bench.random_model("minilm-l6", torch.float16, torch.device("cuda"))
+    texts = bench.make_texts([30, 7, 19, 30], 4, 30000, torch.device("cuda"))
+    report = optimize_encoder(model)
+    assert report.is_optimized
+    from onegpu.attention.unpadded import UnpaddedBatch
+    from onegpu.encoder.optimize import known_batch
+
+    with torch.inference_mode():
+        for _ in range(4):
+            model(**texts.batches[0])
+        known = UnpaddedBatch.from_lengths(texts.lengths, 30, "cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            known_batch(model, known)
+            model(**texts.batches[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+def test_bert_base_near_the_limit() -> None:
+    """BERT-base, float16, 512 texts, 64 a batch: at least 45 % of the matrix-product limit, in any order."""
+    device = torch.device("cuda")
+    model = bench.random_model("bert-base", torch.float16, device)
+    lengths = bench.draw_lengths(512, 130, 512)
+    sets = {
+        order: bench.make_texts(texts, 64, 30522, device)
+        for order, texts in (("random", lengths), ("sorted", sorted(lengths)))
+    }
+    flops = bench.matmul_flops(torch.float16, device)
+    rows = bench.compare_order(model, sets, flops)
+    ours = [row for row in rows if row.contender == "onegpu"]
+    assert all(row.share >= 0.45 for row in ours), ours
+    assert all(row.largest_difference is not None and row.largest_difference < 2e-2 for row in ours)
+
+
+@pytest.mark.slow
+def test_one_short_text() -> None:
+    """A batch of one, 32 tokens: at least 3 times plain sdpa."""
+    device = torch.device("cuda")
+    model = bench.random_model("bert-base", torch.float16, device)
+    sets = {"one": bench.make_texts([32] * 20, 1, 30522, device)}
+    rows = {row.contender: row for row in bench.compare_order(model, sets, bench.matmul_flops(torch.float16, device))}
+    assert rows["transformers sdpa"].milliseconds >= 3 * rows["onegpu"].milliseconds
+
+
+@pytest.mark.slow
+def test_strings_to_vectors(minilm: Path) -> None:
+    """From strings, at least 3 times sentence-transformers at its defaults, and the same vectors."""
+    from onegpu.cli.bench_encode import words
+
+    rows = bench.compare_strings(str(minilm), words(4096, 130.0), torch.device("cuda"), 3, lambda _: None)
+    found = {row.contender: row for row in rows}
+    assert found["onegpu.Encoder"].smallest_cosine >= 1 - 1e-4
+    assert found["sentence-transformers"].seconds >= 3 * found["onegpu.Encoder"].seconds
+
+
+def test_encoder_in_half(minilm: Path) -> None:
+    texts = ["a cat", "", "a much longer sentence about a dog " * 20] * 50
+    here = Encoder.from_pretrained(str(minilm), device="cpu").encode(texts)
+    there = Encoder.from_pretrained(str(minilm), device="cuda", tokens_per_batch=999).encode(texts)
+    assert bench.smallest_cosine(here, there) >= 1 - 1e-4
