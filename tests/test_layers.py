@@ -31,7 +31,6 @@ WITHIN_L0 = {("config", "errors")}
 # Only these may import the named third party, so that the heavy or moving ones stay at one border.
 OWNERS = {
     "triton": {"kernels"},
-    "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "transformers": {"attention", "loading", "compat", "encoder", "decoder", "bench", "cli"},
     "accelerate": {"loading", "memory"},

@@ -86,7 +86,7 @@ def test_what_does_not_fit_goes_to_the_cpu(llama_folder: Path, ids: torch.Tensor
 def test_inputs_left_on_the_cpu(llama_folder: Path, ids: torch.Tensor) -> None:
     model = Auto.from_pretrained(llama_folder, load_in_4bit=True)
     with pytest.raises(DeviceError, match=r"the model is on cuda:0, an input is on cpu\n\nhint: move the inputs"):
-        model.generate(ids, max_new_tokens=2, pad_token_id=0)
+        model(ids)
 
 
 def test_moving_to_the_cpu_and_back(llama_folder: Path, ids: torch.Tensor) -> None:

@@ -61,7 +61,8 @@ class QuantLinear(nn.Linear):
                 self.weight = nn.Parameter(tensor, requires_grad=False)
             else:
                 self.register_buffer(name, tensor)
-        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=bias_dtype, device="meta")) if bias else None
+        empty = torch.empty(self.out_features, dtype=bias_dtype, device="meta") if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty))
 
     @classmethod
     def from_state(
@@ -109,20 +110,23 @@ class QuantLinear4bit(QuantLinear):
     """NF4 or FP4 weights (QLoRA, arXiv 2305.14314, section 3): x [..., in] -> [..., out] in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # A small model has hundreds of these in a token, each product microseconds long: no look-up for nothing.
+        spec, buffers = self.spec, self._buffers
         dtype = self.compute_dtype or x.dtype
-        bias = self.bias if self.bias is None else self.bias.to(dtype)
-        spec = self.spec
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        packed = weight if weight.dtype is torch.uint8 else weight.view(torch.uint8)
         y = linear_4bit(
-            x.to(dtype),
-            self.weight.view(torch.uint8).view(-1),
-            self.absmax,
-            bias,
+            x if x.dtype is dtype else x.to(dtype),
+            packed.view(-1),
+            buffers["absmax"],  # type: ignore[arg-type]
+            bias if bias is None or bias.dtype is dtype else bias.to(dtype),
             self.out_features,
             spec.quant_type,
             spec.blocksize,
-            *((getattr(self, name) for name in NESTED) if spec.nested else ()),
+            *([buffers[name] for name in NESTED] if spec.nested else ()),
         )
-        return y.to(x.dtype)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 class QuantLinear8bit(QuantLinear):
