@@ -25,6 +25,7 @@ LAYERS = {
     "compat": 7,
     "bench": 7,
     "reporting": 7,
+    "diagnosis": 7,
     "cli": 8,
 }
 WITHIN_L0 = {("config", "errors")}

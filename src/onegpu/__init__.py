@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onegpu.compat import install, uninstall
     from onegpu.config import QuantConfig
+    from onegpu.diagnosis import explain_sdpa
     from onegpu.encoder import Encoder
     from onegpu.errors import OneGpuError
     from onegpu.fastpath import optimize, restore
@@ -62,6 +63,7 @@ _HOMES = {
     "Encoder": "onegpu.encoder",
     "OneGpuError": "onegpu.errors",
     "QuantConfig": "onegpu.config",
+    "explain_sdpa": "onegpu.diagnosis",
     "fit": "onegpu.memory",
     "install": "onegpu.compat",
     "optimize": "onegpu.fastpath",

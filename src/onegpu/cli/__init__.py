@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from onegpu.cli import bench, chat, demo, embed, evaluate, fit, quantize, run, version
+from onegpu.cli import bench, chat, demo, doctor, embed, env, evaluate, fit, quantize, run, version
 from onegpu.cli.console import spare_progress_bars
 from onegpu.cli.errors import Commands, debugging, show_unexpected
 from onegpu.cli.options import Debug
@@ -38,6 +38,8 @@ def build_app() -> typer.Typer:
     app.command("eval")(evaluate.evaluate)
     app.command("embed")(embed.embed)
     app.command("fit")(fit.fit)
+    app.command("doctor")(doctor.doctor)
+    app.command("env")(env.env)
     app.add_typer(bench.build_app(), name="bench")
     app.command("demo")(demo.demo)
     app.command("version")(version.version)

@@ -17,7 +17,14 @@ __all__ = ["Geometry", "read_geometry", "text_part"]
 NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_decoder_layers"),
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
-    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"),
+    "heads": (
+        "num_attention_heads",
+        "n_head",
+        "num_heads",
+        "n_heads",
+        "decoder_attention_heads",
+        "num_decoder_attention_heads",
+    ),
     "inner": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "decoder_ffn_dim", "hidden_dim"),
     "longest": ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_seq_len", "seq_length"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
@@ -133,7 +140,7 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
     kind = kind_of(text, model_type)
     windows = () if kind == "encoder" else cache_windows(text, layers)
     values, vectors = kept_per_token(text, heads, head_dim)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(windows) < layers and kind == "decoder":
         notes = (f"{layers - len(windows)} of {layers} layers keep no cache that grows; their small state is left out",)
     experts = lookup(text, "experts") or 0

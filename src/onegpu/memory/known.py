@@ -111,9 +111,8 @@ def gpt2_like(text: Mapping[str, Any]) -> Shapes:
 def bert_like(text: Mapping[str, Any]) -> Shapes:
     """BERT and RoBERTa without a head, as `AutoModel` makes them: three embeddings, biases everywhere, a pooler."""
     hidden, inner = text["hidden_size"], text["intermediate_size"]
-    tables = (("word", text["vocab_size"]), ("position", text["max_position_embeddings"]))
-    tables += (("token_type", text["type_vocab_size"]),)
-    shapes: Shapes = {f"embeddings.{name}_embeddings.weight": (rows, hidden) for name, rows in tables}
+    tables = {"word": "vocab_size", "position": "max_position_embeddings", "token_type": "type_vocab_size"}
+    shapes: Shapes = {f"embeddings.{name}_embeddings.weight": (text[key], hidden) for name, key in tables.items()}
     shapes |= {f"embeddings.LayerNorm.{part}": (hidden,) for part in ("weight", "bias")}
     for layer in range(text["num_hidden_layers"]):
         at = f"encoder.layer.{layer}"

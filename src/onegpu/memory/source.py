@@ -15,7 +15,7 @@ from typing import Any
 
 from onegpu.errors import CheckpointError, ConfigError, NotFoundError
 
-__all__ = ["Source", "TensorInfo", "read_source"]
+__all__ = ["Source", "TensorInfo", "model_config", "read_source"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -64,18 +64,38 @@ def read_source(name: str, revision: str | None = None) -> Source:
         ConfigError: config.json is no JSON object.
     """
     folder = Path(name).expanduser()
+    return from_folder(name, folder) if folder.is_dir() else from_hub(name, revision)
+
+
+def model_config(name: str, revision: str | None = None) -> Mapping[str, Any]:
+    """config.json alone, of a folder or of `org/name` on the Hub.
+
+    Raises:
+        NotFoundError, CheckpointError, ConfigError: as `read_source`.
+    """
+    return read_config(config_path(name, revision))
+
+
+def config_path(name: str, revision: str | None) -> Path:
+    """Where config.json lies; from the Hub it is fetched into the cache."""
+    folder = Path(name).expanduser()
     if folder.is_dir():
-        return from_folder(name, folder)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json", "name the folder that save_pretrained() wrote")
+        return folder / "config.json"
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise NotFoundError(f"no folder {name}", "a Hub name has the form org/name")
-    return from_hub(name, revision)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision))
+    except (OSError, ValueError) as error:
+        raise not_found(name, error) from error
 
 
 def from_folder(name: str, folder: Path) -> Source:
     """Read what lies in a folder."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json", "name the folder that save_pretrained() wrote")
-    config = read_config(folder / "config.json")
+    config = model_config(str(folder))
     files = weight_files(folder)
     tensors = {name: info for file in files for name, info in read_header(file).items()}
     origin = f"config.json and the headers of {plural(len(files), 'file')}" if files else "config.json alone"
@@ -84,20 +104,17 @@ def from_folder(name: str, folder: Path) -> Source:
 
 def from_hub(name: str, revision: str | None) -> Source:
     """Fetch config.json, and the headers of the weights where they are not in the cache."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
 
+    path = config_path(name, revision)
     try:
-        config_path = Path(hf_hub_download(name, "config.json", revision=revision))
-    except (OSError, ValueError) as error:
-        raise not_found(name, error) from error
-    try:
-        cached = from_folder(name, config_path.parent)
+        cached = from_folder(name, path.parent)
     except CheckpointError:
         cached = None  # a part of the shards
     if cached is not None and cached.tensors is not None:
         return cached
-    config = read_config(config_path)
+    config = read_config(path)
     try:
         metadata = HfApi().get_safetensors_metadata(name, revision=revision)
     except NotASafetensorsRepoError:

@@ -1,0 +1,9 @@
+"""What runs on this machine and what does not, in sentences with a cure."""
+
+from __future__ import annotations
+
+from onegpu.diagnosis.doctor import Diagnosis, doctor
+from onegpu.diagnosis.finding import Finding
+from onegpu.diagnosis.sdpa import SdpaExplanation, explain_sdpa
+
+__all__ = ["Diagnosis", "Finding", "SdpaExplanation", "doctor", "explain_sdpa"]
