@@ -195,8 +195,8 @@ def kept_per_token(text: Mapping[str, Any], heads: int, head_dim: int) -> tuple[
     kv_heads = text.get("num_key_value_heads") or text.get("num_kv_heads")
     if text.get("multi_query") and not text.get("new_decoder_architecture"):
         kv_heads = 1  # Falcon, GPT-BigCode
-    elif text.get("model_type") == "falcon" and not text.get("new_decoder_architecture"):
-        kv_heads = heads
+    elif text.get("model_type") == "falcon":
+        kv_heads = heads  # its groups are spread over all heads before they are kept
     if kv_heads is None:
         kv_heads = heads
     kv_heads = max(kv_heads) if isinstance(kv_heads, list) else int(kv_heads)

@@ -23,7 +23,7 @@ GIB = 2**30
 CONTEXT_BYTES = GIB // 2
 DRIVER_SHARE = 0.985
 INLINE_ECC_SHARE = 15 / 16
-UNITS = {"": 2**30, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 # Words in a GPU's name that say nothing of which one it is.
 NOISE = ("nvidia", "geforce", "quadro", "tesla", "amd", "instinct", "radeon", "graphics", "generation")
 
@@ -67,12 +67,12 @@ def known_gpus() -> tuple[Gpu, ...]:
 
 
 def find_gpu(text: str) -> Gpu:
-    """The GPU called `text` ("RTX 4090", "NVIDIA H100 80GB HBM3"), or one of a size ("24GiB", "24") and nothing more.
+    """The GPU called `text` ("RTX 4090", "NVIDIA H100 80GB HBM3"), or one of a size ("24GiB", "24g") and nothing more.
 
     Raises:
         ConfigError: neither; with the nearest names.
     """
-    if size := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower()):
+    if size := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(?:i?b)?\s*", text.lower()):
         num_bytes = int(float(size[1]) * UNITS[size[2]])
         if num_bytes <= 0:
             raise ConfigError(f"a GPU has more than no memory; got {text!r}", "write for example 24GiB")

@@ -92,7 +92,7 @@ def described(gpu: Gpu | None) -> str:
 
 def table(report: FitReport) -> list[str]:
     """The rows, aligned."""
-    last = "fits" if report.gpu else "from"
+    last = "fits" if report.gpu else "smallest GPU"
     lines = [["format", "weights", "cache", "workspace", "all, GiB", last, "context up to", "tok/s"]]
     for row in report.formats:
         verdict = (row.smallest_gpu or "none known") if row.fits is None else ("yes" if row.fits else "no")

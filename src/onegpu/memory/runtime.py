@@ -3,12 +3,13 @@
 The workspace is the largest of what is alive at once, in 16 bit, for all tokens of a prompt in one go:
 
     rows          batch x context
-    feed-forward  rows x (3 inner + 2 hidden), two of them without a gate: x, the residual, gate, up, their product
-    attention     rows x (6 hidden + 2 keys and values)
+    feed-forward  rows x (3 inner + 4 hidden + 2 head_dim), 2 inner without a gate: gate, up and their product; the
+                  embedded prompt, the layer's input, the residual and what goes in; the rotary table
+    attention     rows x (7 hidden + 2 head_dim), where that is more
     logits        batch x vocabulary, in 16 bit and twice in float32: of the last token only
     scratch       a dequantized slice of 2**25 weights in 4 bit; of a layer with experts, all of them in 16 bit
     libraries     32 MiB that the vendor's matrix products keep
-    growth        one layer's keys and values again, since a growing cache is copied layer by layer
+    growth        at least one layer's keys and values again, since a growing cache is copied layer by layer
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def workspace_bytes(
     rows = batch * max(context, geometry.source_tokens or 0)
     active = geometry.chosen if geometry.experts else 1
     products = 3 if geometry.gated else 2
-    feed_forward = products * geometry.inner * active + 2 * geometry.hidden
-    attention = 6 * max(geometry.hidden, geometry.heads * geometry.head_dim) + 2 * geometry.values_per_token
+    feed_forward = products * geometry.inner * active + 4 * geometry.hidden
+    attention = 7 * max(geometry.hidden, geometry.heads * geometry.head_dim)
+    prompt = 2 * rows * (max(feed_forward, attention) + 2 * geometry.head_dim)
     logits = 0 if geometry.kind == "encoder" else batch * geometry.vocab * (2 + 4 + 4)
     growth = kv_bytes(geometry, context, batch, kv_dtype) // max(len(geometry.windows), 1)
-    return 2 * rows * max(feed_forward, attention) + logits + scratch_bytes(weights, format) + LIBRARY_BYTES + growth
+    return max(prompt, growth) + logits + scratch_bytes(weights, format) + LIBRARY_BYTES
 
 
 def scratch_bytes(weights: Sequence[Weight], format: str) -> int:
