@@ -49,7 +49,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*", "", text.partition("// -- End function")[0])
     program = Program()
     body = text.partition(".entry")[2]
     program.parameters = re.findall(r"\.param[^,)]*?\s(\w+_param_\d+)", body.partition("{")[0])
@@ -58,14 +58,14 @@ def parse(text: str) -> Program:
     scopes: list[dict[str, str]] = [{}]
     made = 0
     # Braces open a scope, except inside an operand list.
-    tokens = re.findall(r"\s*([$\w]+:(?!:)|\.loc[^\n]*|[{}]|(?:[^;{}]|\{[^{};]*\})+;)", body)
+    tokens = re.findall(r"\s*([$\w]+:(?!:)|\.loc[^\n]*|[{}]|[^;{}]+(?:\{[^{};]*\}[^;{}]*)*;)", body)
     for token in tokens:
         if token == "{":
             scopes.append({})
         elif token == "}":
-            scopes.pop()
-            if not scopes:
+            if len(scopes) == 1:
                 break
+            scopes.pop()
         elif token.endswith(":"):
             program.labels[token[:-1]] = len(program.instructions)
         elif token.startswith(".loc"):

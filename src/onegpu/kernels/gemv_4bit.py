@@ -24,7 +24,7 @@ whatever wrote W must have finished before the kernel in front of this one began
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -434,7 +434,7 @@ class Config:
         while warps >= max(4, self.warps_n):
             unroll = self.unroll
             while unroll:
-                candidate = Config(warps, self.warps_n, self.tiles, unroll, self.per_sm, self.even)
+                candidate = replace(self, warps=warps, unroll=unroll)
                 if candidate.is_even_k(K):
                     return candidate
                 unroll //= 2
@@ -444,7 +444,8 @@ class Config:
 
 # By rows of x (1, up to 8, 16, 32) and shape of W: `deep` from K = 8192 on, else `wide` from N = 16384 on, else
 # `small`. On an H100 (132 processors, Triton 3.6): for one row 4 warps x 4 tiles along K keep most bytes in flight;
-# deep weights have few rows, so 16 warps split K; more rows of x need registers, so tiles get fewer.
+# deep weights have few rows, so 16 warps split K (within 64 registers, so that two such programs share a processor);
+# more rows of x need registers, so tiles get fewer.
 ALONE = {
     (1, "small"): Config(4, 1, 1, 4),
     (1, "wide"): Config(4, 1, 1, 4, per_sm=4),
@@ -459,7 +460,7 @@ ALONE = {
     (32, "wide"): Config(4, 4, 2, 1),
     (32, "deep"): Config(8, 1, 2, 1),
 }
-# With OVERLAP two kernels share a processor for a while, so other choices win (4 layers' products in a chain).
+# With OVERLAP two kernels share a processor for a while, so other choices win in a chain of a decoder's products.
 OVERLAPPED = ALONE | {
     (1, "narrow"): Config(16, 1, 1, 2),
     (1, "small"): Config(8, 1, 1, 2),

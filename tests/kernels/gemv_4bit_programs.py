@@ -1,0 +1,229 @@
+"""Compiles the small-M 4-bit kernel without a GPU, and prints one JSON line for each case.
+
+    python gemv_4bit_programs.py compile 80 90     each shipped configuration: registers, spills, instructions, ...
+    python gemv_4bit_programs.py run               PTX run by `ptx_machine` on odd shapes, against float64
+
+Run as a program: Triton's interpreter must be off, hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from kernels.ptx_machine import Memory, PtxError, launch, parse
+from onegpu.formats import blockwise, tiling
+from onegpu.kernels import asm_4bit
+from onegpu.kernels.gemv_4bit import ALONE, OVERLAPPED, Config, configure, constants, gemv_4bit_kernel
+from onegpu.kernels.launch import NO_CONTRACTION
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16}
+POINTERS = {
+    "tiled_ptr": "*i32",
+    "nested_absmax_ptr": "*fp32",
+    "nested_code_ptr": "*fp32",
+    "nested_offset_ptr": "*fp32",
+}
+CANARY = 64
+JUMP = re.compile(r"BRA.*?(\.L_x_\d+)")
+
+
+def compile_kernel(config: Config, M: int, K: int, arch: int, dtype: str, bias: str | None = None, **choices: Any):
+    """The compiled kernel and its constants."""
+    quant_type, blocksize = choices.pop("quant_type", "nf4"), choices.pop("blocksize", 64)
+    choices = {"nested": False, "overlap": False} | choices
+    settings = constants(
+        config, M, K, quant_type, blocksize, has_bias=bias is not None, capability=divmod(arch, 10), **choices
+    )
+    options = {name: settings.pop(name) for name in ("num_warps", "launch_pdl")}
+    types = POINTERS | {"absmax_ptr": "*u8" if choices["nested"] else "*fp32"}
+    types |= {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "bias_ptr": f"*{bias or dtype}"}
+    names = gemv_4bit_kernel.arg_names
+    signature = {name: "constexpr" if name in settings else types.get(name, "i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types}
+    source = ASTSource(fn=gemv_4bit_kernel, signature=signature, constexprs=settings, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={**options, **NO_CONTRACTION}), settings
+
+
+def disassemble(cubin: bytes) -> tuple[list[str], int, int]:
+    """Instructions and labels; registers; bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        text = run(str(BIN / "nvdisasm"), "-c", file.name)
+        usage = run(str(BIN / "cuobjdump"), "-res-usage", file.name)
+    lines = []
+    for line in text.splitlines():
+        label = re.match(r"(\.L_x_\d+):", line)
+        found = re.match(r"\s+(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]+.*?);", line)
+        if label or found:
+            lines.append(label.group(1) if label else found.group(1))
+    registers, shared = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "SHARED"))
+    return lines, registers, shared
+
+
+def loop_length(lines: list[str]) -> int:
+    """Instructions of a step: the smallest loop around the tensor core, less what it mostly jumps over."""
+    labels = {line: i for i, line in enumerate(lines) if line.startswith(".L")}
+    jumps = [(i, labels[target.group(1)]) for i, line in enumerate(lines) if (target := JUMP.search(line))]
+    loops = [(to, at) for at, to in jumps if to < at and any("HMMA" in line for line in lines[to:at])]
+    start, end = min(loops, key=lambda loop: loop[1] - loop[0])
+    count = lambda i, j: sum(not line.startswith(".L") for line in lines[i:j])  # noqa: E731
+    skipped = [count(at + 1, to) for at, to in jumps if start < at < to <= end]
+    return count(start, end + 1) - max(skipped, default=0)
+
+
+def measure(name: tuple[int, str], config: Config, arch: int, nested: bool) -> dict[str, Any]:
+    M = name[0]
+    dtype = "fp16" if arch < 80 else "bf16"
+    K = 64 * config.warps * config.unroll
+    compiled, settings = compile_kernel(config, M, K, arch, dtype, dtype, nested=nested, overlap=arch >= 90)
+    lines, registers, shared = disassemble(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    sums = config.tiles * asm_4bit.num_products(settings["COLUMNS"], M == 1, 1)
+    static = asm_4bit.static_bytes(config.warps, config.warps_n, config.tiles, sums, M == 1, nested)
+    return {
+        "config": [config.warps, config.warps_n, config.tiles, config.unroll],
+        "mma": parse(ptx).count("mma"),
+        "expected_mma": 4 * settings["COLUMNS"] * config.tiles * config.unroll * (2 if arch < 80 else 1),
+        "tables": ptx.count("onegpu_table["),
+        "hmma": sum("HMMA" in line for line in lines),
+        "spilled": sum(line.startswith(("STL", "LDL")) for line in lines),
+        "registers": registers,
+        "shared": shared,
+        "declared": static + compiled.metadata.shared,
+        "dynamic": compiled.metadata.shared,
+        "instructions_per_weight": loop_length(lines) / (32 * config.tiles * config.unroll),
+        "waits": sum("ACQBULK" in line for line in lines),
+    }
+
+
+def compile_all(architectures: list[str]) -> None:
+    shipped = {("alone", *key): value for key, value in ALONE.items()}
+    shipped |= {("overlapped", *key): value for key, value in OVERLAPPED.items() if ALONE.get(key) != value}
+    for arch in architectures:
+        seen = set()
+        for (kind, *name), config in shipped.items():
+            shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll)
+            if shape in seen:
+                continue
+            seen.add(shape)
+            for nested in (False, True)[: 2 if arch == "90" else 1]:
+                result = {"arch": arch, "rows": name[0], "nested": nested, "case": f"{kind} {name} {nested=}"}
+                try:
+                    result |= measure(tuple(name), config, int(arch), nested)
+                except Exception as error:  # a failure is a result here
+                    result["error"] = f"{type(error).__name__}: {error}"[-2000:]
+                emit(result)
+
+
+def padded(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's bytes."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().copy()
+
+
+def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any) -> dict[str, Any]:
+    """The kernel's PTX on a CPU: its error, and that of dequantizing and multiplying in `dtype`."""
+    grid = choices.pop("grid", None)
+    wide = choices.pop("wide", 0)
+    arch = choices.pop("arch", 90)
+    bias_dtype = choices.get("bias")
+    quant_type, blocksize = choices.get("quant_type", "nf4"), choices.get("blocksize", 64)
+    generator = torch.Generator().manual_seed(N + K + M)
+    compiled, _ = compile_kernel(config, M, K, arch, dtype, **choices)
+    packed, absmax = blockwise.quantize_4bit(torch.randn(N, K, generator=generator), quant_type, blocksize)
+    nested = [torch.zeros(0)] * 3
+    codes = absmax
+    if choices.get("nested"):
+        codes, *nested = blockwise.quantize_absmax(absmax)
+        absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(codes, *nested))
+    x = torch.randn(M, K + wide, generator=generator).to(TORCH[dtype])
+    bias = torch.randn(N, generator=generator)
+    bias = bias.to({**TORCH, "fp32": torch.float32}[bias_dtype]) if bias_dtype else torch.zeros(0)
+    y = np.full(2 * M * N + 2 * CANARY, 0xA5, np.uint8)
+    memory = Memory()
+    tensors = [
+        tiling.tile_codes(packed, N, K),
+        tiling.tile_scales(codes, N, K, blocksize),
+        *nested,
+        x,
+    ]
+    arguments = [memory.add(padded(tensor)) for tensor in tensors] + [K + wide, memory.add(padded(bias))]
+    program = parse(compiled.asm["ptx"])
+    arguments += [memory.add(y) + CANARY, M, N, K]
+    arguments += [0] * (len(program.parameters) - len(arguments))
+    launch(program, grid or config.grid(N, 4), arguments, memory)
+    assert (y[:CANARY] == 0xA5).all()
+    assert (y[-CANARY:] == 0xA5).all()
+    out = torch.from_numpy(y[CANARY:-CANARY].copy()).view(TORCH[dtype]).view(M, N).double()
+    x = x[:, :K]
+    weight = blockwise.dequantize_4bit(packed, absmax, (N, K), torch.float32, quant_type, blocksize).double()
+    exact, plain = x.double() @ weight.T, x.double() @ weight.to(TORCH[dtype]).double().T
+    if bias_dtype:
+        exact, plain = exact + bias.double(), plain + bias.double()
+    plain = plain.to(TORCH[dtype]).double()
+    return {
+        "error": float((out - exact).norm() / exact.norm()),
+        "plain": float((plain - exact).norm() / exact.norm()),
+        "largest": float((out - exact).abs().max() / exact.abs().max()),
+    }
+
+
+# name: configuration, M, N, K, dtype, choices. Between them every branch of the kernel, and every tail.
+CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
+    "one row": (Config(4, 1, 1, 4), 1, 48, 1024, "bf16", {}),
+    "one row, fewer programs": (Config(4, 1, 1, 4), 1, 100, 1024, "bf16", {"grid": 3, "bias": "fp32"}),
+    "one row, one tile": (Config(4, 1, 1, 4), 1, 1, 64, "fp16", {"nested": True, "bias": "fp16"}),
+    "one row, 16 warps": (Config(16, 1, 2, 2), 1, 41, 2048, "bf16", {"nested": True, "grid": 1}),
+    "one row, 8 warps, guarded": (Config(8, 1, 1, 2), 1, 33, 1472, "bf16", {"quant_type": "fp4"}),
+    "blocks of 32": (Config(4, 1, 1, 2), 1, 20, 512, "bf16", {"blocksize": 32, "nested": True}),
+    "blocks of 256": (Config(4, 1, 1, 2), 1, 20, 512, "bf16", {"blocksize": 256, "nested": True}),
+    "blocks of 4096": (Config(4, 1, 1, 4), 2, 17, 4096, "fp16", {"blocksize": 4096}),
+    "eight rows": (Config(4, 1, 1, 4), 8, 50, 1024, "bf16", {"bias": "bf16", "grid": 2}),
+    "three rows, guarded": (Config(4, 1, 2, 2), 3, 50, 576, "fp16", {"nested": True, "bias": "fp32"}),
+    "strided rows": (Config(4, 1, 1, 2), 5, 16, 512, "bf16", {"wide": 8}),
+    "sixteen rows": (Config(4, 2, 2, 1), 16, 77, 256, "bf16", {"nested": True, "grid": 1}),
+    "eleven rows": (Config(4, 1, 1, 2), 11, 40, 512, "fp16", {"blocksize": 32, "bias": "fp16"}),
+    "32 rows": (Config(8, 1, 2, 1), 32, 60, 512, "bf16", {"bias": "bf16"}),
+    "31 rows, no sums over warps": (Config(4, 4, 2, 1), 31, 130, 128, "bf16", {"overlap": True, "grid": 1}),
+    "17 rows, guarded": (Config(8, 2, 1, 1), 17, 45, 320, "fp16", {"blocksize": 64, "quant_type": "fp4"}),
+    "Turing": (Config(4, 1, 1, 2), 7, 30, 512, "fp16", {"arch": 75, "nested": True, "bias": "fp16"}),
+    "Ampere": (Config(4, 1, 1, 4), 1, 30, 1024, "bf16", {"arch": 80, "bias": "bf16"}),
+    "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "nested": True, "grid": 2}),
+}
+
+
+def run_all() -> None:
+    for name, (config, M, N, K, dtype, choices) in CASES.items():
+        result: dict[str, Any] = {"case": name}
+        try:
+            result |= run_case(config, M, N, K, dtype, **dict(choices))
+        except (PtxError, AssertionError) as error:
+            result["failure"] = f"{type(error).__name__}: {error}"
+        emit(result)
+    for M in range(1, 33, 2):
+        config = configure(M, 40, 512, overlap=False)
+        emit({"case": f"M={M}"} | run_case(config, M, 40, 512, "bf16"))
+
+
+def emit(result: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    run_all() if sys.argv[1] == "run" else compile_all(sys.argv[2:])

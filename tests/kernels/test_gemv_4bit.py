@@ -1,0 +1,308 @@
+"""The small-M kernel on tiled 4-bit weights: compiled for each GPU family, its PTX run on a CPU, and run on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from kernels.cases import Weight4bit, assert_no_worse, exact_product, normal, run_captured, weight_4bit
+from onegpu.config import BLOCKSIZES
+from onegpu.formats import blockwise, tiling
+
+ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
+# Registers that let three programs of four warps, or two of 16, share a processor; with 32 rows, one of eight.
+REGISTERS = {4: 168, 8: 128, 16: 128}
+REGISTERS_32_ROWS = {4: 208, 8: 192}
+# Of a step, by rows of x; an H100 issues 5.4 a weight in the time it reads one, and sustains about half of that.
+INSTRUCTIONS = {1: 2.5, 8: 2.5, 16: 2.9, 32: 3.7}
+NESTED_INSTRUCTIONS = 1.2
+# Beyond this Triton would have to ask for more at launch, and it does not know of what the assembly declares.
+SHARED = 48 * 1024
+
+
+def run_program(*arguments: str) -> list[dict]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("gemv_4bit_programs.py")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    return run_program("compile", *ARCHITECTURES)
+
+
+@pytest.fixture(scope="module")
+def ran() -> list[dict]:
+    return run_program("run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_within_budget(arch: str, compiled: list[dict]) -> None:
+    mine = [result for result in compiled if result["arch"] == arch]
+    assert len(mine) == (20 if arch == "90" else 10)
+    assert not [result for result in mine if "error" in result]
+    for result in mine:
+        registers = (REGISTERS_32_ROWS if result["rows"] == 32 else REGISTERS)[result["config"][0]]
+        budget = INSTRUCTIONS[result["rows"]] + NESTED_INSTRUCTIONS * result["nested"]
+        assert result["spilled"] == 0, result
+        assert result["registers"] <= registers, result
+        assert result["instructions_per_weight"] <= budget, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_assembly_is_emitted_once(arch: str, compiled: list[dict]) -> None:
+    """Triton may copy assembly into a second layout: twice the work, or shared memory declared twice."""
+    for result in compiled:
+        if result["arch"] == arch:
+            assert result["mma"] == result["hmma"] == result["expected_mma"], result
+            assert result["tables"] == 1, result
+            # From Hopper on, a program has 1 KiB of the system's.
+            assert result["shared"] - result["declared"] in (0, 1024), result
+            assert result["declared"] <= SHARED, result
+            assert (result["waits"] > 0) == (arch in ("90", "120")), result
+
+
+@pytest.mark.slow
+def test_ptx_gives_the_product(ran: list[dict]) -> None:
+    """No worse than dequantizing and multiplying, nothing read or written elsewhere, no threads parting."""
+    assert len(ran) == 35
+    assert not [result for result in ran if "failure" in result]
+    for result in ran:
+        assert result["error"] <= 1.1 * result["plain"], result
+        assert result["largest"] < 0.01, result
+
+
+def test_the_table_is_closer_to_the_codebook_than_rounding_it() -> None:
+    asm = pytest.importorskip("onegpu.kernels.asm_4bit")
+    for (quant_type, dtype), scale in asm.TABLE_SCALE.items():
+        code = torch.tensor(asm.CODEBOOK[quant_type], dtype=torch.float64)
+        rounded = (code.to(asm.DTYPE[dtype]).double() - code).square().sum().sqrt()
+        ours = (asm.table_values(quant_type, dtype) / scale - code).square().sum().sqrt()
+        assert ours < 0.8 * rounded
+        assert (asm.table_values(quant_type, dtype)[code == 0] == 0).all()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("M", [1, 2, 8, 9, 16, 17, 32])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (28672, 4096), (4096, 14336), (9728, 2560), (1024, 64), (16, 192)])
+def test_configurations_cover_the_weight(M: int, N: int, K: int, overlap: bool) -> None:
+    gemv = pytest.importorskip("onegpu.kernels.gemv_4bit")
+    config = gemv.configure(M, N, K, overlap)
+    groups = -(-N // (16 * config.tiles * config.warps_n))
+    for processors in (1, 40, 132):
+        assert 1 <= config.grid(N, processors) <= groups
+    assert config.warps % config.warps_n == 0
+    if K % 1024 == 0:
+        assert config.is_even_k(K)
+
+
+# From here on a GPU.
+
+
+def tiled(weight: Weight4bit) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = tiling.tile_codes(weight.packed, *weight.shape)
+    return codes, tiling.tile_scales(weight.absmax, *weight.shape, weight.blocksize)
+
+
+def needs_gemv(dtype: torch.dtype) -> None:
+    from onegpu.kernels.gemv_4bit import why_not_gemv
+
+    reason = why_not_gemv(torch.device("cuda", torch.cuda.current_device()), dtype)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def product(
+    x: torch.Tensor, weight: Weight4bit, bias: torch.Tensor | None, overlap: bool = False
+) -> Callable[[], torch.Tensor]:
+    """A call of the operator; all tensors are on the GPU."""
+    from onegpu.kernels.tiled_ops import linear_4bit_tiled
+
+    codes, scales = tiled(weight)
+    torch.cuda.synchronize()
+    return lambda: linear_4bit_tiled(x, codes, scales, bias, *weight.args, overlap=overlap)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (2560, 9728), (28672, 4096), (1000, 1472), (1, 64), (4096, 14336)])
+def test_real_and_odd_shapes(N: int, K: int, nested: bool, quant_type: str, dtype: torch.dtype) -> None:
+    """Every number of rows, and the ways past 32 rows."""
+    needs_gemv(dtype)
+    generator = torch.Generator("cuda").manual_seed(N + K)
+    packed, absmax = blockwise.quantize_4bit(torch.randn(N, K, generator=generator, device="cuda"), quant_type, 64)
+    scales, rest = absmax, ()
+    if nested:
+        scales, *rest = blockwise.quantize_absmax(absmax)
+        absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(scales, *rest))
+    weight = Weight4bit(packed, scales, (N, K), quant_type, 64, tuple(rest))
+    dense = blockwise.dequantize_4bit(packed, absmax, (N, K), torch.float32, quant_type, 64)
+    x, bias = normal(129, K, dtype=dtype).cuda(), normal(N, seed=2, dtype=dtype).cuda()
+    exact = (torch.mm(x.double(), dense.double().T) + bias.double()).cpu()
+    rounded = dense.to(dtype)
+    for M in (*range(1, 34), 64, 97, 129):
+        y = product(x[:M], weight, bias)()
+        assert_no_worse(y.cpu(), linear(x[:M], rounded, bias).cpu(), exact[:M], factor=1.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 5, 16, 32])
+def test_heavy_tails(M: int) -> None:
+    """A few columns of x a thousand times larger than the rest, as language models have them, and a common offset."""
+    needs_gemv(torch.bfloat16)
+    weight = weight_4bit(2048, 4096)
+    x = normal(M, 4096) + 0.5
+    x[:, ::511] *= 1000
+    x = x.to(torch.bfloat16).cuda()
+    y = product(x, weight.to(torch.device("cuda")), None)()
+    exact = exact_product(x, weight.dense(torch.float32), None)
+    assert_no_worse(y.cpu(), linear(x, weight.dense(torch.bfloat16).cuda()).cpu(), exact, factor=1.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_blocksize(blocksize: int, nested: bool) -> None:
+    needs_gemv(torch.float16)
+    weight = weight_4bit(100, 4096, blocksize=blocksize, nested=nested)
+    for M in (1, 7, 16, 32, 100):
+        x = normal(M, 4096, dtype=torch.float16).cuda()
+        y = product(x, weight.to(torch.device("cuda")), None)()
+        exact = exact_product(x, weight.dense(torch.float32), None)
+        assert_no_worse(y.cpu(), linear(x, weight.dense(torch.float16).cuda()).cpu(), exact, factor=1.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 3, 16, 32])
+def test_strided_rows_and_bias_dtypes(M: int) -> None:
+    needs_gemv(torch.bfloat16)
+    weight = weight_4bit(80, 512).to(torch.device("cuda"))
+    wide = normal(M, 1100, dtype=torch.bfloat16).cuda()
+    for x in (wide[:, :512], wide[:, 8:520], wide[:, 3:515], wide[:, :1024:2], wide[:, None, :512]):
+        for bias in (None, normal(80).cuda(), normal(80).half().cuda()):
+            y = product(x, weight, bias)()
+            assert y.shape == (*x.shape[:-1], 80)
+            assert torch.equal(y, product(x.contiguous(), weight, bias)())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 8, 16, 32])
+@pytest.mark.parametrize("nested", [False, True])
+def test_captured_and_the_same_each_time(M: int, nested: bool) -> None:
+    """No waiting for the device; a replay reads new inputs; a hundred runs give the same bits."""
+    needs_gemv(torch.bfloat16)
+    weight = weight_4bit(4096, 1024, nested=nested).to(torch.device("cuda"))
+    x, other = (normal(M, 1024, seed=seed, dtype=torch.bfloat16).cuda() for seed in (1, 2))
+    call = product(x, weight, None)
+    out = run_captured(call, lambda: x.copy_(other))
+    expected = call()
+    assert torch.equal(out, expected)
+    for _ in range(100):
+        assert torch.equal(call(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 8, 16, 32])
+def test_overlap_changes_no_bit(M: int) -> None:
+    """24 products in one graph, each reading the one before: one configuration, the same bits with overlap."""
+    needs_gemv(torch.bfloat16)
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    from onegpu.kernels.gemv_4bit import configure, gemv_4bit
+
+    N = K = 4096
+    weights = [weight_4bit(N, K + 64 * seed).to(torch.device("cuda")) for seed in (0, 1)]
+    weights = [Weight4bit(w.packed[: N * K // 2], w.absmax[: N * K // 64], (N, K), "nf4", 64, ()) for w in weights]
+    parts = [tiled(weight) for weight in weights]
+    start = normal(M, K, dtype=torch.bfloat16).cuda()
+    config = configure(M, N, K, overlap=True)
+
+    def chain(overlap: bool) -> Callable[[], torch.Tensor]:
+        buffers = [torch.empty(M, N, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+
+        def call() -> torch.Tensor:
+            x = start
+            for i in range(24):
+                y = buffers[i % 3]
+                gemv_4bit(y, x, *parts[i % 2], None, "nf4", 64, overlap=overlap, config=config)
+                x = y
+            return x
+
+        return call
+
+    outs = []
+    for overlap in (False, True):
+        call = chain(overlap)
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        for _ in range(50):
+            out.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            outs.append(out.clone())
+    assert outs[0].isfinite().all()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 7, 16, 31])
+@pytest.mark.parametrize("nested", [False, True])
+def test_nothing_outside_is_read_or_written(M: int, nested: bool) -> None:
+    """Every operand lies between NaNs, which any read would carry into the result; what surrounds y stays as it was."""
+    needs_gemv(torch.bfloat16)
+    from onegpu.kernels.gemv_4bit import gemv_4bit
+
+    N, K = 1000, 1472
+    weight = weight_4bit(N, K, nested=nested).to(torch.device("cuda"))
+
+    def fenced(tensor: torch.Tensor) -> torch.Tensor:
+        bytes_ = tensor.contiguous().view(-1).view(torch.uint8)
+        room = torch.full((bytes_.numel() + 8192,), 0xFF, dtype=torch.uint8, device="cuda")
+        room[4096:-4096] = bytes_
+        return room[4096:-4096].view(tensor.dtype).view(tensor.shape)
+
+    codes, scales = tiled(weight)
+    x, bias = normal(M, K, dtype=torch.bfloat16).cuda(), normal(N, dtype=torch.bfloat16).cuda()
+    expected = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+    plain_nested = weight.nested or None
+    gemv_4bit(expected, x, codes, scales, bias, "nf4", 64, plain_nested)
+    y = fenced(torch.zeros(M, N, dtype=torch.bfloat16, device="cuda"))
+    around = y._base if y._base is not None else y
+    fenced_nested = tuple(fenced(t) if t.dim() else t for t in weight.nested) or None
+    gemv_4bit(y, fenced(x), fenced(codes), fenced(scales), fenced(bias), "nf4", 64, fenced_nested)
+    assert torch.equal(y, expected)
+    edges = around.view(torch.uint8)
+    assert (edges[:4096] == 0xFF).all()
+    assert (edges[-4096:] == 0xFF).all()
+
+
+@pytest.mark.gpu
+def test_rows_do_not_see_each_other() -> None:
+    needs_gemv(torch.bfloat16)
+    weight = weight_4bit(48, 512).to(torch.device("cuda"))
+    for M in (4, 16, 32):
+        x = normal(M, 512, dtype=torch.bfloat16).cuda()
+        x[1, 3] = float("nan")
+        y = product(x, weight, None)()
+        assert y[1].isnan().all()
+        assert y[[0, *range(2, M)]].isfinite().all()
