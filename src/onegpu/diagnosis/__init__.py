@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onegpu.diagnosis.doctor import Diagnosis, doctor
+from onegpu.diagnosis.checkup import Diagnosis, doctor
 from onegpu.diagnosis.finding import Finding
 from onegpu.diagnosis.sdpa import SdpaExplanation, explain_sdpa
 

@@ -94,4 +94,9 @@ def told(phase: str, explanation: SdpaExplanation) -> Finding:
     if explanation.chosen in ("flash", "cudnn") or flash.runs:
         return Finding(phase, "ok", f"torch takes {explanation.chosen}")
     reason, cure = flash.reasons[0]
-    return Finding(phase, "note", f"torch takes {explanation.chosen}; flash {reason}", cure)
+    return Finding(
+        phase,
+        "note",
+        f"torch takes {explanation.chosen}; {reason if reason.startswith('flash') else f'flash {reason}'}",
+        cure,
+    )

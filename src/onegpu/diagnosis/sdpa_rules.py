@@ -39,11 +39,11 @@ class Call:
         return bool(self.q.is_cuda)
 
 
-def switched_off(name: str, is_on: Callable[[], bool], switch: str) -> Callable[[Call], Iterator[Reason]]:
+def switched_off(is_on: Callable[[], bool], switch: str) -> Callable[[Call], Iterator[Reason]]:
     def rule(_: Call) -> Iterator[Reason]:
         if not is_on():
             yield (
-                f"{name} is switched off",
+                "is switched off",
                 f"torch.backends.cuda.{switch}(True), or leave the sdpa_kernel() block that excludes it",
             )
 
@@ -201,7 +201,7 @@ def names(dtypes: set[torch.dtype]) -> str:
 FUSED = (four_dimensions, one_device, one_dtype, mask_or_causal, matching_heads, contiguous_rows, some_tokens)
 RULES: dict[str, tuple[Callable[[Call], Iterator[Reason]], ...]] = {
     "flash": (
-        switched_off("flash", switches.flash_sdp_enabled, "enable_flash_sdp"),
+        switched_off(switches.flash_sdp_enabled, "enable_flash_sdp"),
         *FUSED,
         newer_than(8, 0),
         half_precision,
@@ -213,7 +213,7 @@ RULES: dict[str, tuple[Callable[[Call], Iterator[Reason]], ...]] = {
         head_dim(256, 1),
     ),
     "cudnn": (
-        switched_off("cudnn", switches.cudnn_sdp_enabled, "enable_cudnn_sdp"),
+        switched_off(switches.cudnn_sdp_enabled, "enable_cudnn_sdp"),
         gpu_only,
         *FUSED,
         newer_than(8, 0),
@@ -223,14 +223,14 @@ RULES: dict[str, tuple[Callable[[Call], Iterator[Reason]], ...]] = {
         not_deterministic,
     ),
     "efficient": (
-        switched_off("efficient", switches.mem_efficient_sdp_enabled, "enable_mem_efficient_sdp"),
+        switched_off(switches.mem_efficient_sdp_enabled, "enable_mem_efficient_sdp"),
         gpu_only,
         *FUSED,
         newer_than(5, 0),
         aligned_head_dim,
     ),
     "math": (
-        switched_off("math", switches.math_sdp_enabled, "enable_math_sdp"),
+        switched_off(switches.math_sdp_enabled, "enable_math_sdp"),
         one_device,
         one_dtype,
         mask_or_causal,

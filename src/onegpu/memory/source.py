@@ -105,8 +105,9 @@ def from_folder(name: str, folder: Path) -> Source:
 def from_hub(name: str, revision: str | None) -> Source:
     """Fetch config.json, and the headers of the weights where they are not in the cache."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
+    http_errors: Any = HfHubHTTPError.__bases__  # of the HTTP client, which differs by the hub's version
     path = config_path(name, revision)
     try:
         cached = from_folder(name, path.parent)
@@ -119,7 +120,9 @@ def from_hub(name: str, revision: str | None) -> Source:
         metadata = HfApi().get_safetensors_metadata(name, revision=revision)
     except NotASafetensorsRepoError:
         return Source(name, config, None, "config.json alone, since there are no safetensors")
-    except (OSError, ValueError) as error:
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"the headers of {name} cannot be read: {error}", "tell its owner") from error
+    except (OSError, ValueError, *http_errors) as error:
         raise not_found(name, error) from error
     tensors = {
         tensor: TensorInfo(info.dtype, tuple(info.shape))
