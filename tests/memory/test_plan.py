@@ -82,7 +82,7 @@ def test_weights_are_exact_for_every_structure(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4", "nf4+double"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral"])
 def test_a_stored_checkpoint_has_one_format(folders: dict[str, Path], tmp_path: Path, name: str, format: str) -> None:
     load(BY_NAME[name], folders[name], format).save_pretrained(tmp_path)
     planned = onegpu.fit(str(tmp_path), context=16, gpu="24GiB")
@@ -90,6 +90,7 @@ def test_a_stored_checkpoint_has_one_format(folders: dict[str, Path], tmp_path: 
     again = onegpu.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     assert planned.row(format).weight_bytes == stored_bytes(again)
     assert planned.parameters == onegpu.fit(str(folders[name]), context=16).parameters
+    assert planned.active_parameters == onegpu.fit(str(folders[name]), context=16).active_parameters
     assert planned.command == f'onegpu run {tmp_path} "..."'
 
 

@@ -71,8 +71,8 @@ def scratch_bytes(weights: Sequence[Weight], format: str) -> int:
 
 
 def loading_bytes(weights: Sequence[Weight], format: str) -> int:
-    """What loading needs beside the finished weights: the largest tensor, or expert, in 16 bit."""
+    """What loading needs beside the finished weights: a tensor, or expert, in 16 bit before it is quantized."""
     if format == "16bit":
         return 0
-    quantized = [weight.numel // weight.experts for weight in weights if weight.role in ("matrix", "experts")]
-    return 2 * max(quantized, default=0)
+    made = [weight for weight in weights if weight.role in ("matrix", "experts") and weight.stored is None]
+    return 2 * max((weight.numel // weight.experts for weight in made), default=0)

@@ -37,7 +37,9 @@ KEPT_BY_MODEL = {
 }
 # GPT-2's Conv1D holds its weight transposed, [in, out].
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-COMPANIONS = (".absmax", ".nested_absmax", ".SCB", ".scale")
+# What bitsandbytes keeps beside a weight: scales, and what describes it, which is not kept once it is read.
+COMPANIONS = (".nested_absmax", ".absmax", ".SCB")
+DESCRIPTION = re.compile(r"\.(nested_)?quant_(map|state)|\.weight_format$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,22 +163,38 @@ def stored_weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any])
     """What becomes of the tensors of a checkpoint that bitsandbytes' formats are in already."""
     nested = {name.removesuffix(".nested_absmax") for name in tensors if name.endswith(".nested_absmax")}
     codes = {base for name in tensors for base in (name.removesuffix(".absmax"),) if base != name}
-    codes |= {name.removesuffix("SCB") + "weight" for name in tensors if name.endswith(".SCB")}
-    plain = {}
-    weights = []
+    codes |= {base for name in tensors if name.endswith(".SCB") for base in (coded(name, tensors),)}
+    weights: list[Weight] = []
+    plain: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        base = name.partition(".weight.")[0] + ".weight"
+        suffix = next((suffix for suffix in COMPANIONS if name.endswith(suffix)), "")
+        name_kept, role = stored_role(name.removesuffix(suffix))
+        merged = role == "experts" and name_kept != name.removesuffix(suffix)
         if name in codes:
             numel = info.numel if info.dtype == "I8" and f"{name}.absmax" not in tensors else 2 * info.num_bytes
-            extra = 4 * 256 + 4 if name in nested else 0
-            weights.append(Weight(name, "matrix", numel, stored=info.num_bytes + extra))
-        elif name.endswith(COMPANIONS):
-            weights.append(Weight(name, "matrix", 0, stored=info.num_bytes))
-        elif ".quant_" in name or ".nested_quant_" in name or name.endswith(".weight_format"):
-            continue
-        elif base not in codes or base == name:
+            extra = 4 * 256 + 4 if name in nested and not merged else 0
+            weights.append(Weight(name_kept, role, numel, stored=info.num_bytes + extra))
+        elif suffix:
+            # Experts that are merged while loading have their scales in float32.
+            size = (0 if suffix == ".nested_absmax" else 4 * info.numel) if merged else info.num_bytes
+            weights.append(Weight(name_kept, role, 0, stored=size))
+        elif not DESCRIPTION.search(name):
             plain[name] = info
     for weight in read_weights(plain, config):
         role = "kept" if weight.role in ("matrix", "experts") else weight.role
         weights.append(Weight(weight.name, role, weight.numel, tied=weight.tied))
     return weights
+
+
+def coded(scales: str, tensors: Mapping[str, TensorInfo]) -> str:
+    """The 8-bit weight that `scales` belong to: beside them in a linear layer, above them in a stacked weight."""
+    module = scales.removesuffix(".SCB")
+    return f"{module}.weight" if f"{module}.weight" in tensors else module
+
+
+def stored_role(name: str) -> tuple[str, str]:
+    """The name under which a quantized weight counts, and its role: the experts of a layer count as one."""
+    bare = name if name.endswith(".weight") else f"{name}.weight"
+    if found := EXPERT.fullmatch(bare):
+        return f"{found[1]}.{'down' if found[3] in DOWN else 'up'}", "experts"
+    return name, "experts" if STACKED.fullmatch(name) else "matrix"
