@@ -131,5 +131,10 @@ def test_on_a_device() -> None:
     mask = torch.rand(9, 33) > 0.4
     here, there = UnpaddedBatch.from_mask(mask), UnpaddedBatch.from_mask(mask.cuda())
     assert there.lengths is None
-    for name in ("indices", "positions", "cu_seqlens"):
-        assert torch.equal(getattr(here, name), getattr(there, name).cpu())
+    for name in ("total", "max_seqlen", "has_holes", "has_first"):
+        assert getattr(here, name) == getattr(there, name)
+    hidden = torch.randn(9, 33, 2)
+    tokens = unpad_input(hidden.cuda(), there)
+    assert torch.equal(tokens[0].cpu(), hidden[mask])
+    assert torch.equal(pad_input(tokens, there).cpu(), hidden * mask[..., None])
+    assert there.cu_seqlens.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]

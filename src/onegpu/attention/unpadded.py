@@ -2,9 +2,10 @@
 
     input_ids, mask [B, S]  --unpad-->  hidden [1, T, hidden] with cu_seqlens [N + 1]  --pad-->  [B, S, hidden]
 
-The sequences stand longest first: those of equal length lie side by side, so that a group of them is a view, and a
-GPU starts its longest work first. Every array has a size that the host knows: `indices` may be longer than the
-`total` real tokens (see `bucket`), which lets a captured graph serve batches of different sizes.
+On a CPU the sequences stand longest first, so that those of equal length lie side by side and a group of them is a
+view; on a GPU they stand in the order of the rows, unless the host has sorted them beforehand. Every array has a size
+that the host knows: `indices` may be longer than the `total` real tokens (see `bucket`), which lets a captured graph
+serve batches of different sizes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class UnpaddedBatch:
     cu_seqlens: Tensor  # int32 [N + 1]: where each sequence begins; the last entry ends the last one
     has_holes: bool  # whether padding stands between real tokens of one row
     has_first: bool  # whether every row begins with a real token
-    lengths: tuple[int, ...] | None  # the N lengths, longest first, where the host has them without waiting
+    lengths: tuple[int, ...] | None  # the N lengths, where the host has them without waiting
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> UnpaddedBatch:
@@ -156,9 +157,13 @@ class PendingBatch:
         if device.type == "cuda":
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        ordered, order = torch.sort(lens, descending=True, stable=True)
-        ends = ordered.cumsum(0)
-        starts = torch.empty_like(ends).scatter_(0, order, ends - ordered)
+        if device.type == "cpu":
+            ordered, order = torch.sort(lens, descending=True, stable=True)
+            ends = ordered.cumsum(0)
+            starts = torch.empty_like(ends).scatter_(0, order, ends - ordered)
+        else:
+            ordered, ends = lens, lens.cumsum(0)
+            starts = ends - lens
         rank = mask.cumsum(1) - 1
         # Padding goes to one slot past the end, which is cut off: no boolean indexing, hence no wait.
         size = batch_size * seqlen
@@ -272,5 +277,5 @@ def pad_input(tokens: Tensor, batch: UnpaddedBatch) -> Tensor:
     if tokens.shape[:2] != (1, batch.indices.numel()):
         raise ArgumentError(f"expected [1, {batch.indices.numel()}, ...], the batch's tokens; got {list(tokens.shape)}")
     flat = tokens.new_zeros((batch.batch_size * batch.seqlen, *tokens.shape[2:]))
-    flat = flat.index_copy(0, batch.indices[: batch.total], tokens[0, : batch.total])
+    flat.index_copy_(0, batch.indices[: batch.total], tokens[0, : batch.total])
     return flat.view(batch.batch_size, batch.seqlen, *tokens.shape[2:])

@@ -201,7 +201,7 @@ def run_padded(
     real = batch.indices[: batch.total]
 
     def pad(t: Tensor) -> Tensor:
-        flat = t.new_zeros((B * S, *t.shape[1:])).index_copy(0, real, t[: batch.total])
+        flat = t.new_zeros((B * S, *t.shape[1:])).index_copy_(0, real, t[: batch.total])
         return flat.view(B, S, *t.shape[1:]).transpose(1, 2)
 
     valid = torch.zeros(B * S, dtype=torch.bool, device=query.device).index_fill(0, real, True)

@@ -8,10 +8,12 @@ anything is copied.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -157,8 +159,10 @@ class Encoder:
         lengths = [len(ids) for ids in rows.ids]
         longest = max(lengths)
         padding = self.tokenizer.pad_token_id
-        flat = [token for ids in rows.ids for token in (*ids, *[padding] * (longest - len(ids)))]
-        ids = to_device(torch.tensor(flat).view(len(lengths), longest), self.device)
+        padded = np.full((len(lengths), longest), padding, dtype=np.int64)
+        real = np.arange(longest)[None] < np.array(lengths)[:, None]
+        padded[real] = np.fromiter(itertools.chain.from_iterable(rows.ids), dtype=np.int64, count=sum(lengths))
+        ids = to_device(torch.from_numpy(padded), self.device)
         counts = to_device(torch.tensor(lengths), self.device)
         mask = (torch.arange(longest, device=self.device)[None] < counts[:, None]).long()
         known_batch(self.model, UnpaddedBatch.from_lengths(lengths, longest, self.device))
