@@ -98,7 +98,7 @@ def table(report: FitReport) -> list[str]:
         verdict = (row.smallest_gpu or "none known") if row.fits is None else ("yes" if row.fits else "no")
         sizes = [gib(size) for size in (row.weight_bytes, row.kv_bytes, row.workspace_bytes, row.total_bytes)]
         furthest = "-" if row.max_context is None else str(row.max_context)
-        speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}"
+        speed = "-" if row.tokens_per_second is None or row.fits is False else f"{row.tokens_per_second:.0f}"
         lines.append([row.format, *(size.removesuffix(" GiB") for size in sizes), verdict, furthest, speed])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return [

@@ -20,8 +20,9 @@ __all__ = ["FORMATS", "Weight", "bytes_in", "read_weights", "stored_weights"]
 
 FORMATS = ("16bit", "int8", "nf4", "nf4+double", "fp4", "fp4+double")
 
+# ProphetNet's relative_pos_embeddings is a linear layer.
 EMBEDDING = re.compile(
-    r"w[tp]e|shared|embed|emb|embeddings?|embed_\w+|\w*_embeddings?|\w+_embed|relative_attention_bias"
+    r"(?!relative_pos_)(w[tp]e|shared|embed|emb|embeddings?|embed_\w+|\w*_embeddings?|\w+_embed|relative_attention_bias)"
 )
 HEAD = re.compile(r"lm_head|embed_out|output_projection|score")
 ROUTER = re.compile(r"gate|router|wg")
