@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from onegpu.cli.bench_encode import encode
+from onegpu.cli.bench_kernels import kernels
 from onegpu.cli.options import AsJson, Device, Model, RemoteCode
 
 __all__ = ["build_app"]
@@ -24,6 +25,7 @@ def build_app() -> typer.Typer:
     app.command("generate")(generate)
     app.command("load")(load_times)
     app.command("encode")(encode)
+    app.command("kernels")(kernels)
     return app
 
 
