@@ -7,6 +7,7 @@ a parameter, buffer or module that was exchanged is noticed, and all graphs are 
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,24 +42,24 @@ class Captured:
 
 
 class Snapshot:
-    """Which tensors and modules the layers were made of, to notice when one was exchanged."""
+    """Which tensors and modules the layers were made of, to notice an exchange. Asked before every replay."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         modules = [m for layer in layers for m in layer.modules()]
-        self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self.tensors = [
-            (table, name, t, t.data_ptr())
-            for m in modules
-            for table in (m._parameters, m._buffers)
-            for name, t in table.items()
-            if t is not None
-        ]
+        self.tables: list[Any] = [t for m in modules for t in (m._modules, m._parameters, m._buffers) if t]
+        self.parts = self.current()
+        self.tensors = [part for part in self.parts if isinstance(part, Tensor)]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+
+    def current(self) -> list[Any]:
+        return [part for table in self.tables for part in table.values()]
 
     def holds(self) -> bool:
         """Whether everything is still the same object at the same address."""
-        if any(table.get(name) is not child for table, name, child in self.children):
+        now = self.current()
+        if len(now) != len(self.parts) or not all(map(operator.is_, now, self.parts)):
             return False
-        return all(table.get(name) is t and t.data_ptr() == at for table, name, t, at in self.tensors)
+        return [t.data_ptr() for t in self.tensors] == self.addresses
 
 
 @dataclass(slots=True)

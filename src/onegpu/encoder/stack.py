@@ -120,6 +120,7 @@ class TowerCall(MethodCall):
     def __init__(self, module: nn.Module, stack: Stack) -> None:
         super().__init__(module)
         self.stack = stack
+        self.configs = configs_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self.stack
@@ -130,7 +131,7 @@ class TowerCall(MethodCall):
         if reason is not None:
             stack.outcomes[f"plain: {reason}"] += 1
             return self.plain(*args, **kwargs)
-        before = [(config, config._attn_implementation_internal) for config in configs_of(self.module)]
+        before = [(config, config._attn_implementation_internal) for config in self.configs]
         try:
             for config, _ in before:
                 config._attn_implementation_internal = stack.implementation
