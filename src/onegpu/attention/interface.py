@@ -70,7 +70,7 @@ def attention_function(
     # The mask function never leaves a causal mask out, so that None means: every token is seen.
     kwargs["is_causal"] = False
     if isinstance(bias, RelativeBias):
-        kwargs["position_bias"] = bias.make_dense()
+        kwargs["position_bias"] = bias.dense()
     out: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )

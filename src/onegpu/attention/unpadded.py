@@ -220,6 +220,13 @@ class RelativeBias:
     table: Tensor
     make_dense: Callable[[], Tensor]
     squares: dict[int, Tensor] = field(default_factory=dict)
+    kept: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """What the model itself would have computed; kept, since every layer asks again."""
+        if self.kept is None:
+            self.kept = self.make_dense()
+        return self.kept
 
     @property
     def span(self) -> int:

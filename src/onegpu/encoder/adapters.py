@@ -94,6 +94,8 @@ class BiasCall(MethodCall):
             span = round_up(hidden.shape[1], SPAN_STEP)
             square = self.plain(hidden.new_empty(1, span, 1))[0]
             return RelativeBias(bias_table(square[:, 0], square[:, :, 0]), lambda: self.plain(*args, **kwargs))
+        if run.pending is None:
+            return self.plain(*args, **kwargs)
         span = round_up(run.seqlen, SPAN_STEP)
         device = kwargs.get("device")
         row = self.plain(1, span, device=device)[0, :, 0]

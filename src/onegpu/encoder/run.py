@@ -64,6 +64,7 @@ class Run:
         self.pending: PendingBatch | UnpaddedBatch | None = None
         self.batch: UnpaddedBatch | None = None
         self.may_fuse = False
+        self.is_full = False
         self.seqlen = 0
         self.program: Program = []
         self.entered: Tensor | None = None
@@ -114,8 +115,9 @@ class Run:
         self.seqlen = hidden.shape[1]
         on_gpu = hidden.device.type == "cuda" or stack.graphs.works_anywhere
         self.may_fuse = on_gpu and not wants_grad(hidden, stack) and not torch.is_autocast_enabled(hidden.device.type)
-        self.pending = self.begin_batch(hidden, rest.get("attention_mask"))
-        if self.pending is None and not self.may_fuse:
+        self.is_full = is_full(rest.get("attention_mask"))
+        self.pending = None if self.is_full else self.begin_batch(hidden, rest.get("attention_mask"))
+        if self.pending is None and not self.may_fuse and not self.is_full:
             raise Refusal("there is no padding to leave out")
         learned = stack.learned
         if self.may_fuse and stack.options.graphs and learned is not None and learned.chained:
@@ -164,7 +166,7 @@ class Run:
         """
         batch = self.batch
         if batch is None:
-            return densify(value)
+            return None if self.is_full and name == "attention_mask" and is_full(value) else densify(value)
         if value is None or isinstance(value, (bool, int, float, str, RelativeBias, Ref)):
             return value
         known = self.translated.get(id(value))
@@ -297,8 +299,16 @@ def odd_values(mask: Tensor) -> Tensor | None:
     return (mask != 0) & (mask != torch.finfo(mask.dtype).min) & (mask != small)
 
 
+def is_full(mask: Any) -> bool:
+    """Whether a mask on the CPU hides nothing, so that the layers do as well without it. A GPU is not asked."""
+    note = note_of(mask)
+    if note is None or note.padding.device.type != "cpu" or note.causal or note.window is not None:
+        return False
+    return bool(note.padding.all())
+
+
 def densify(value: Any) -> Any:
-    return value.make_dense() if isinstance(value, RelativeBias) else value
+    return value.dense() if isinstance(value, RelativeBias) else value
 
 
 def densified(rest: dict[str, Any]) -> dict[str, Any]:
