@@ -338,7 +338,10 @@ class Layer:
 
 
 def random_layers(shapes: dict[str, tuple[int, int]], nested: bool, count: int, device: torch.device) -> list[Layer]:
-    """Weights of random codes, scaled so that a chain of products neither grows nor vanishes."""
+    """Weights of random codes, scaled so that a chain of products neither grows nor vanishes.
+
+    Scales of either sign: NF4's values do not cancel out, and a mean would grow with each product of the chain.
+    """
     from onegpu.formats.blockwise import quantize_absmax
 
     layers = []
@@ -346,7 +349,8 @@ def random_layers(shapes: dict[str, tuple[int, int]], nested: bool, count: int, 
         weights: dict[str, tuple[Tensor, ...]] = {}
         for name, (N, K) in shapes.items():
             codes = torch.randint(0, 256, (tiling.num_tiled_bytes(N, K),), dtype=torch.uint8, device=device)
-            absmax = (1.0 + torch.rand(N * K // 64, device=device)) * (1.2 / math.sqrt(K))
+            sign = torch.randint(0, 2, (N * K // 64,), device=device) * 2.0 - 1.0
+            absmax = sign * (1.0 + torch.rand(N * K // 64, device=device)) * (1.2 / math.sqrt(K))
             rest: tuple[Tensor, ...] = ()
             if nested:
                 absmax, *more = quantize_absmax(absmax)

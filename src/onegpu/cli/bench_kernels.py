@@ -58,8 +58,9 @@ def kernels(
         write(out, found)
         print_document(found)
         return
-    results = list(compare_kernels(chosen, numbers, ceilings, device, peers=peers, rotation=rotation, progress=say))
+    # The chain first: a peer that fails while it is captured can leave torch's random numbers unusable.
     steps = measure_chain(shapes, ceilings, device) if chain and shapes in MODELS else []
+    results = list(compare_kernels(chosen, numbers, ceilings, device, peers=peers, rotation=rotation, progress=say))
     whole = document(ceilings, results, steps, facts)
     write(out, whole)
     if as_json:
