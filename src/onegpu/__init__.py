@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from onegpu.config import AUTO_CLASSES
+
 if TYPE_CHECKING:
     from onegpu.compat import install, uninstall
     from onegpu.config import QuantConfig
@@ -21,45 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForAudioClassification",
-    "AutoModelForAudioFrameClassification",
-    "AutoModelForAudioXVector",
-    "AutoModelForCTC",
-    "AutoModelForCausalLM",
-    "AutoModelForDepthEstimation",
-    "AutoModelForDocumentQuestionAnswering",
-    "AutoModelForImageClassification",
-    "AutoModelForImageSegmentation",
-    "AutoModelForImageTextToText",
-    "AutoModelForInstanceSegmentation",
-    "AutoModelForKeypointDetection",
-    "AutoModelForMaskGeneration",
-    "AutoModelForMaskedImageModeling",
-    "AutoModelForMaskedLM",
-    "AutoModelForMultipleChoice",
-    "AutoModelForNextSentencePrediction",
-    "AutoModelForObjectDetection",
-    "AutoModelForPreTraining",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSemanticSegmentation",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForTableQuestionAnswering",
-    "AutoModelForTextEncoding",
-    "AutoModelForTextToSpectrogram",
-    "AutoModelForTextToWaveform",
-    "AutoModelForTokenClassification",
-    "AutoModelForUniversalSegmentation",
-    "AutoModelForVideoClassification",
-    "AutoModelForVisualQuestionAnswering",
-    "AutoModelForZeroShotImageClassification",
-    "AutoModelForZeroShotObjectDetection",
-)
 _HOMES = {
-    **dict.fromkeys(_AUTO_CLASSES, "onegpu.loading.auto"),
+    **dict.fromkeys(AUTO_CLASSES, "onegpu.loading.auto"),
     "Encoder": "onegpu.encoder",
     "OneGpuError": "onegpu.errors",
     "QuantConfig": "onegpu.config",

@@ -10,6 +10,7 @@ from typing import Any
 from onegpu.errors import ConfigError
 
 __all__ = [
+    "AUTO_CLASSES",
     "BLOCKSIZES",
     "COMPUTE_DTYPES",
     "DEFAULT_BLOCKSIZE",
@@ -21,6 +22,44 @@ __all__ = [
     "check_choice",
 ]
 
+# Transformers' Auto classes that load a model; each has one of the same name here.
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForAudioClassification",
+    "AutoModelForAudioFrameClassification",
+    "AutoModelForAudioXVector",
+    "AutoModelForCTC",
+    "AutoModelForCausalLM",
+    "AutoModelForDepthEstimation",
+    "AutoModelForDocumentQuestionAnswering",
+    "AutoModelForImageClassification",
+    "AutoModelForImageSegmentation",
+    "AutoModelForImageTextToText",
+    "AutoModelForInstanceSegmentation",
+    "AutoModelForKeypointDetection",
+    "AutoModelForMaskGeneration",
+    "AutoModelForMaskedImageModeling",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForObjectDetection",
+    "AutoModelForPreTraining",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSemanticSegmentation",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForTableQuestionAnswering",
+    "AutoModelForTextEncoding",
+    "AutoModelForTextToSpectrogram",
+    "AutoModelForTextToWaveform",
+    "AutoModelForTokenClassification",
+    "AutoModelForUniversalSegmentation",
+    "AutoModelForVideoClassification",
+    "AutoModelForVisualQuestionAnswering",
+    "AutoModelForZeroShotImageClassification",
+    "AutoModelForZeroShotObjectDetection",
+)
 QUANT_TYPES = ("nf4", "fp4", "int8")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256

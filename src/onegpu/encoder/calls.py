@@ -6,6 +6,7 @@ Each is an object, not a closure, so that a deep copy of the model has copies th
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 __all__ = ["MethodCall"]
 
 
-class MethodCall:
+class MethodCall(ABC):
     """Stands for `module.name`. `plain` is what was there before, whether of the class or set on the instance."""
 
     def __init__(self, module: nn.Module, name: str = "forward") -> None:
@@ -30,8 +31,9 @@ class MethodCall:
             return self.previous(*args, **kwargs)
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """Called in place of what was there; may call `plain`."""
 
     def install(self) -> None:
         """Set this on the module, past `nn.Module`'s own bookkeeping."""

@@ -13,47 +13,10 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
+from onegpu.config import AUTO_CLASSES
 from onegpu.loading.pretrained import load
 
-__all__ = ["AUTO_CLASSES", "AutoClass", "auto_class"]
-
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForAudioClassification",
-    "AutoModelForAudioFrameClassification",
-    "AutoModelForAudioXVector",
-    "AutoModelForCTC",
-    "AutoModelForCausalLM",
-    "AutoModelForDepthEstimation",
-    "AutoModelForDocumentQuestionAnswering",
-    "AutoModelForImageClassification",
-    "AutoModelForImageSegmentation",
-    "AutoModelForImageTextToText",
-    "AutoModelForInstanceSegmentation",
-    "AutoModelForKeypointDetection",
-    "AutoModelForMaskGeneration",
-    "AutoModelForMaskedImageModeling",
-    "AutoModelForMaskedLM",
-    "AutoModelForMultipleChoice",
-    "AutoModelForNextSentencePrediction",
-    "AutoModelForObjectDetection",
-    "AutoModelForPreTraining",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSemanticSegmentation",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForSpeechSeq2Seq",
-    "AutoModelForTableQuestionAnswering",
-    "AutoModelForTextEncoding",
-    "AutoModelForTextToSpectrogram",
-    "AutoModelForTextToWaveform",
-    "AutoModelForTokenClassification",
-    "AutoModelForUniversalSegmentation",
-    "AutoModelForVideoClassification",
-    "AutoModelForVisualQuestionAnswering",
-    "AutoModelForZeroShotImageClassification",
-    "AutoModelForZeroShotObjectDetection",
-)
+__all__ = ["AutoClass", "auto_class"]
 
 # Arguments that say where the files are; AutoConfig and the model class both take them.
 HUB_ARGUMENTS = (
