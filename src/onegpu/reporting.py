@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from onegpu.errors import UnsupportedError
+from onegpu.loading.placement import format_bytes
 
 __all__ = ["Report", "report"]
 
@@ -42,23 +43,20 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.model} on {self.device}, {self.dtype}"]
         formats = ", ".join(f"{count} × {name}" for name, count in self.formats.items()) or "nothing quantized"
-        lines.append(f"  weights   {mib(self.total_bytes)} in all; {formats}")
+        lines.append(f"  weights   {format_bytes(self.total_bytes)} in all; {formats}")
         if self.num_quantized:
             share = self.original_bytes / max(self.total_bytes - self.quantized_bytes + self.original_bytes, 1)
             lines.append(
-                f"  quantized {mib(self.original_bytes)} -> {mib(self.quantized_bytes)} "
+                f"  quantized {format_bytes(self.original_bytes)} -> {format_bytes(self.quantized_bytes)} "
                 f"({share:.0%} of the model's bytes in {self.dtype})"
             )
         lines += [f"  kernel    {operator}: {kernel}" for operator, kernel in self.kernels.items()]
-        lines += [f"  kept      {count} × {reason}, {mib(size)} ({name})" for reason, count, size, name in self.kept]
+        lines += [
+            f"  kept      {count} × {reason}, {format_bytes(size)} ({name})" for reason, count, size, name in self.kept
+        ]
         lines += [f"  fast path {line}" for line in self.fast_paths]
         lines += [f"  note      {line}" for line in self.warnings]
         return "\n".join(lines)
-
-
-def mib(num_bytes: int) -> str:
-    """Bytes as "102.4 MiB" or "5.66 GiB"."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def report(model: Any) -> Report:

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onegpu.config import QuantConfig
-from onegpu.errors import CheckpointError, OneGpuError
+from onegpu.errors import CheckpointError, DeviceError
 from onegpu.formats import COMPANIONS_4BIT, COMPANIONS_8BIT
 from onegpu.loading.checkpoint import open_checkpoint
 from onegpu.loading.ops import DeserializeExperts, DeserializeLinear, LoadAborted, PassThrough, QuantizeOnLoad
@@ -69,7 +69,6 @@ class OneGpuQuantizer(HfQuantizer):
         self.bytes_on: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.expert_sources: dict[str, tuple[str, ...]] = {}
-        self.sources_in_file: frozenset[str] = frozenset()
 
     # What we can do
 
@@ -153,7 +152,6 @@ class OneGpuQuantizer(HfQuantizer):
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         state = model.state_dict()
         stored = dict(specs)
-        self.sources_in_file = frozenset(stored)
         companions = (*COMPANIONS_4BIT, *COMPANIONS_8BIT)
         found: dict[str, WeightSpec | None] = {}
         for name in names:
@@ -407,10 +405,8 @@ def check_input_device(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
             raise wrong_device(value, weight)
 
 
-def wrong_device(value: torch.Tensor, weight: torch.Tensor) -> OneGpuError:
+def wrong_device(value: torch.Tensor, weight: torch.Tensor) -> DeviceError:
     """The error for an input on the wrong device."""
-    from onegpu.errors import DeviceError
-
     return DeviceError(
         f"the model is on {weight.device}, an input is on {value.device}",
         "move the inputs: inputs = inputs.to(model.device)",

@@ -40,35 +40,18 @@ class Conversion:
     """What a model's weights become.
 
     `specs` has one entry for each quantized weight, by the full name of the parameter; `kept` every other module that
-    holds a matrix, with its reason; `unmatched` the names to skip that no module answered to. Bytes are counted for
-    the parameters in `specs`: before in the model's dtype, after as stored.
+    holds a matrix, with its reason; `unmatched` the names to skip that no module answered to.
     """
 
     config: QuantConfig
     specs: dict[str, WeightSpec] = field(default_factory=dict)
     kept: list[Kept] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
-    bytes_before: int = 0
-    bytes_after: int = 0
-
-    def add(self, name: str, spec: WeightSpec) -> None:
-        """Note that the parameter called `name` is stored as `spec` says."""
-        self.specs[name] = spec
-        self.bytes_before += spec.numel * dtype_named(spec.dtype).itemsize
-        self.bytes_after += spec.stored_bytes
 
     def give_back(self, name: str, reason: str) -> None:
         """Take a weight off the plan: it stays plain after all."""
         spec = self.specs.pop(name)
-        before = spec.numel * dtype_named(spec.dtype).itemsize
-        self.bytes_before -= before
-        self.bytes_after -= spec.stored_bytes
-        self.kept.append(Kept(name, reason, before))
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the matrices that stay in the model's dtype."""
-        return sum(kept.num_bytes for kept in self.kept)
+        self.kept.append(Kept(name, reason, spec.numel * dtype_named(spec.dtype).itemsize))
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -136,13 +119,13 @@ def plan_conversion(
             reason = refusal(spec, source_dtype, patterns[hits[0]] if hits else None)
             if isinstance(in_file, WeightSpec):
                 check_stored_shape(full_name, in_file, spec)
-                plan.add(full_name, in_file)
+                plan.specs[full_name] = in_file
             elif in_file is None:
                 plan.kept.append(Kept(full_name, "not quantized in the checkpoint", spec.numel * dtype.itemsize))
             elif reason:
                 plan.kept.append(Kept(full_name, reason, spec.numel * dtype.itemsize))
             else:
-                plan.add(full_name, spec)
+                plan.specs[full_name] = spec
     plan.unmatched = [pattern for pattern in config.skip_modules if pattern not in answered]
     return plan
 
