@@ -47,7 +47,8 @@ def test_json_says_what_was_measured(call: Call, tiny: Path, quantization: str) 
     )
     assert said["load_seconds"] > 0
     assert said["ttft_ms"] > 0
-    assert said["versions"]["torch"] == torch.__version__
+    # A CUDA wheel may leave its local part (+cu130) out of its metadata.
+    assert said["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert "cpu" in said["device"]
 
 
