@@ -34,7 +34,7 @@ def plan(checkout: Path, *arguments: str) -> str:
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run make as a user would, even where make runs the tests."""
-    inherited = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    inherited = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "PY", "TORCH", "OLDEST", "NO_VENV")
     env = {key: value for key, value in os.environ.items() if key not in inherited}
     return subprocess.run(
         ["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=120, env=env, check=False
