@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.errors import SaveError
-from onegpu.formats import QuantState, to_tensors_4bit, to_tensors_8bit
+from onegpu.formats import QuantState, dequantize_absmax, to_tensors_4bit, to_tensors_8bit
 from onegpu.nn import QuantExperts, QuantLinear, WeightSpec, dtype_named
 from onegpu.nn.state import nested_of
 
@@ -80,8 +80,6 @@ def experts_on_disk(
     if not num_parts or spec.shape[1] % num_parts or (spec.quant_type != "int8" and numel % (2 * spec.blocksize)):
         return named_on_disk(full_name, own, spec)
     if spec.nested:
-        from onegpu.formats import dequantize_absmax
-
         own = {"weight": own["weight"], "absmax": dequantize_absmax(nested_of(own))}
     part_spec = WeightSpec(spec.quant_type, (rows, spec.shape[2]), spec.dtype, spec.blocksize)
     shapes = part_spec.tensors()
