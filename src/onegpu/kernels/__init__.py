@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onegpu.kernels.choice import kernel_for
+from onegpu.kernels.decode_products import linear_8bit_rows, linear_16bit, rms_norm
 from onegpu.kernels.ops import (
     dequantize_4bit,
     linear_4bit,
@@ -17,7 +18,10 @@ __all__ = [
     "kernel_for",
     "linear_4bit",
     "linear_8bit",
+    "linear_8bit_rows",
+    "linear_16bit",
     "quantize_4bit",
     "quantize_8bit_rows",
+    "rms_norm",
     "why_not_triton",
 ]

@@ -98,6 +98,12 @@ def quantize_8bit_rows(x: Tensor, threshold: float = 0.0) -> None:
 
 def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None, threshold: float = 0.0) -> None:
     op = "linear_8bit"
+    _row_codes(op, x, codes, row_stats)
+    _bias(op, x, bias, codes.shape[0])
+    _threshold(op, threshold)
+
+
+def _row_codes(op: str, x: Tensor, codes: Tensor, row_stats: Tensor) -> None:
     K = _input(op, x)
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[0] < 1 or codes.shape[1] != K:
         raise ArgumentError(
@@ -106,8 +112,6 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
     N = codes.shape[0]
     if row_stats.dtype != torch.float32 or row_stats.dim() != 1 or row_stats.shape[0] != N:
         raise ArgumentError(f"{op}: row_stats must be float32 [{N}], one per row of codes; got {_described(row_stats)}")
-    _bias(op, x, bias, N)
-    _threshold(op, threshold)
     _same_device(op, "x", x, codes=codes, row_stats=row_stats)
 
 
