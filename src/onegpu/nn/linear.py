@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.kernels import linear_4bit, linear_8bit
+from onegpu.kernels.tiled_ops import linear_4bit_tiled
 from onegpu.nn.state import (
     NESTED,
     WeightSpec,
@@ -18,6 +19,8 @@ from onegpu.nn.state import (
     hidden,
     meta_state,
     stored,
+    tile_state,
+    untile_state,
 )
 
 __all__ = ["QuantLinear", "QuantLinear4bit", "QuantLinear8bit"]
@@ -76,13 +79,22 @@ class QuantLinear(nn.Linear):
         return layer
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """The stored tensors by name, codes first."""
+    def held(self) -> dict[str, Tensor]:
+        """The tensors of the weight as they lie in memory, in whatever layout, codes first."""
         return dict(stored(self, ("weight", *self.spec.companions)))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The stored tensors by name, codes first, as they are on disk."""
+        return self.held
 
     def set_state(self, state: dict[str, Tensor]) -> None:
         """Take the stored tensors as they are."""
-        for name, tensor in state.items():
+        self.hold(state)
+
+    def hold(self, tensors: dict[str, Tensor]) -> None:
+        """Take tensors in the layout in which the module holds them."""
+        for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -90,10 +102,10 @@ class QuantLinear(nn.Linear):
         return dequantize_weight(self.state, self.spec, dtype or dtype_named(self.spec.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        state = self.state
-        with hidden(self, tuple(state)):
+        held = self.held
+        with hidden(self, tuple(held)):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.set_state({name: apply_as_bytes(fn, tensor) for name, tensor in state.items()})
+        self.hold({name: apply_as_bytes(fn, tensor) for name, tensor in held.items()})
         return self
 
     def extra_repr(self) -> str:
@@ -107,7 +119,23 @@ class QuantLinear(nn.Linear):
 
 
 class QuantLinear4bit(QuantLinear):
-    """NF4 or FP4 weights (QLoRA, arXiv 2305.14314, section 3): x [..., in] -> [..., out] in x's dtype."""
+    """NF4 or FP4 weights (QLoRA, arXiv 2305.14314, section 3): x [..., in] -> [..., out] in x's dtype.
+
+    `is_tiled`: codes and scales are held in tile order (see `onegpu.nn.layout`). `state`, `state_dict()`,
+    `dequantize()` and saving give the canonical tensors all the same, made on the spot; `load_state_dict()` takes them.
+    """
+
+    is_tiled: bool = False
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The stored tensors by name, codes first, as they are on disk; copies where the module is tiled."""
+        return untile_state(self.held, self.spec) if self.is_tiled else self.held
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Take the stored tensors as they are; the module is not tiled then."""
+        self.is_tiled = False
+        self.hold(state)
 
     def forward(self, x: Tensor) -> Tensor:
         # A small model has hundreds of these in a token, each product microseconds long: no look-up for nothing.
@@ -116,7 +144,7 @@ class QuantLinear4bit(QuantLinear):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         packed = weight if weight.dtype is torch.uint8 else weight.view(torch.uint8)
-        y = linear_4bit(
+        y = (linear_4bit_tiled if self.is_tiled else linear_4bit)(
             x if x.dtype is dtype else x.to(dtype),
             packed.view(-1),
             buffers["absmax"],  # type: ignore[arg-type]
@@ -127,6 +155,36 @@ class QuantLinear4bit(QuantLinear):
             *([buffers[name] for name in NESTED] if spec.nested else ()),
         )
         return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_tiled:
+            destination.update({prefix + name: tensor for name, tensor in self.state.items()})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if not self.is_tiled:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            return
+        held = self.held
+        self.set_state(self.state)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("assign_to_params_buffers", False):
+            held = tile_state(self.state, self.spec)
+        else:
+            # In place: the memory may be part of a larger buffer.
+            with torch.no_grad():
+                loaded = self.state
+                tile_state(loaded, self.spec, held)
+                for name in NESTED if self.spec.nested else ():
+                    held[name].copy_(loaded[name])
+        self.hold_tiled(held)
+
+    def hold_tiled(self, tensors: dict[str, Tensor]) -> None:
+        """Take tensors in tile order, those of `onegpu.nn.state.tile_state`."""
+        self.is_tiled = True
+        self.hold(tensors)
 
 
 class QuantLinear8bit(QuantLinear):

@@ -1,8 +1,8 @@
 """The stored state of one quantized weight: which tensors, under which names, of what shape and dtype.
 
-A module keeps the codes and scales as they are on disk and never changes them; what a kernel wants in another layout
-lives in a cache beside them. Two forms share this page: 4 bit (codes, absmax, with double quantization three more) and
-8 bit (codes, row_stats).
+The canonical state is the one on disk. Two forms share this page: 4 bit (codes, absmax, with double quantization three
+more) and 8 bit (codes, row_stats). A 4-bit state can also be held in tile order (`onegpu.formats.tiling`), the same
+names over permuted bytes; `tile_state` and `untile_state` go there and back without loss.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from torch import Tensor, nn
 
 from onegpu.config import NESTED_BLOCKSIZE, QuantConfig
 from onegpu.formats import NestedAbsmax, dequantize_rows, quantize_absmax, view_storage
+from onegpu.formats.tiling import (
+    TILE_ROWS,
+    num_tiled_bytes,
+    num_tiled_scales,
+    tile_codes,
+    tile_scales,
+    untile_codes,
+    untile_scales,
+)
 from onegpu.kernels import dequantize_4bit, quantize_4bit, quantize_8bit_rows
 
 __all__ = [
@@ -30,9 +39,13 @@ __all__ = [
     "nested_of",
     "quantize_weight",
     "stored",
+    "tile_state",
+    "untile_state",
 ]
 
 NESTED = ("nested_absmax", "nested_code", "nested_offset")
+# Packed bytes permuted at a time, so that a conversion needs no second copy of a large weight besides its result.
+TILING_CHUNK = 2**25
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -158,6 +171,47 @@ def dequantize_weight(state: dict[str, Tensor], spec: WeightSpec, dtype: torch.d
         spec.blocksize,
         **nested,
     )
+
+
+def tile_state(state: dict[str, Tensor], spec: WeightSpec, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A canonical 4-bit state in tile order: "weight" flat uint8, "absmax" flat, the nested tensors as they are.
+
+    Args:
+        into: "weight" and "absmax" to write to, of `num_tiled_bytes` and `num_tiled_scales` elements.
+
+    Raises:
+        UnsupportedError: a shape that cannot be tiled (`onegpu.formats.tiling.why_not_tiled`).
+    """
+    N, K = spec.shape
+    packed = state["weight"].detach().view(torch.uint8).view(-1)
+    if into is None:
+        into = {
+            "weight": packed.new_empty(num_tiled_bytes(N, K)),
+            "absmax": state["absmax"].new_empty(num_tiled_scales(N, K, spec.blocksize)),
+        }
+    for rows, first, last in row_chunks(N, K):
+        into["weight"][first : first + num_tiled_bytes(rows, K)] = tile_codes(packed[first:last], rows, K)
+    into["absmax"].copy_(tile_scales(state["absmax"], N, K, spec.blocksize))
+    return {**state, "weight": into["weight"], "absmax": into["absmax"]}
+
+
+def untile_state(tiled: dict[str, Tensor], spec: WeightSpec) -> dict[str, Tensor]:
+    """The inverse of `tile_state`, bit for bit: the tensors of `spec.tensors()`."""
+    N, K = spec.shape
+    codes = tiled["weight"].detach()
+    packed = codes.new_empty(N * K // 2)
+    for rows, first, last in row_chunks(N, K):
+        packed[first:last] = untile_codes(codes[first : first + num_tiled_bytes(rows, K)], rows, K)
+    absmax = untile_scales(tiled["absmax"], N, K, spec.blocksize)
+    return {**tiled, "weight": view_storage(packed, dtype_named(spec.quant_storage)), "absmax": absmax}
+
+
+def row_chunks(N: int, K: int) -> Iterator[tuple[int, int, int]]:
+    """(rows, first packed byte, last packed byte + 1) of runs of whole row tiles; only the last may be ragged."""
+    step = max(1, TILING_CHUNK * 2 // K // TILE_ROWS) * TILE_ROWS
+    for first in range(0, N, step):
+        rows = min(step, N - first)
+        yield rows, first * K // 2, (first + rows) * K // 2
 
 
 def nested_of(state: dict[str, Tensor]) -> NestedAbsmax:
