@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onegpu.kernels.choice import kernel_for
+from onegpu.kernels.decode_ops import append_kv, decode_attention, rotary_decode_attention, why_not_kv_dtype
 from onegpu.kernels.decode_products import linear_8bit_rows, linear_16bit, rms_norm
 from onegpu.kernels.ops import (
     dequantize_4bit,
@@ -14,6 +15,8 @@ from onegpu.kernels.ops import (
 )
 
 __all__ = [
+    "append_kv",
+    "decode_attention",
     "dequantize_4bit",
     "kernel_for",
     "linear_4bit",
@@ -23,5 +26,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_8bit_rows",
     "rms_norm",
+    "rotary_decode_attention",
+    "why_not_kv_dtype",
     "why_not_triton",
 ]
