@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kernels.ptx_machine import Memory, PtxError, launch, parse
 from onegpu.formats import blockwise, tiling
 from onegpu.kernels import asm_4bit
-from onegpu.kernels.gemv_4bit import ALONE, OVERLAPPED, Config, configure, constants, gemv_4bit_kernel
+from onegpu.kernels.gemv_4bit import constants, gemv_4bit_kernel
+from onegpu.kernels.gemv_4bit_config import ALONE, OVERLAPPED, Config, configure
 from onegpu.kernels.launch import NO_CONTRACTION
+from onegpu.kernels.tail import apply_tail
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,12 +48,13 @@ def compile_kernel(config: Config, M: int, K: int, arch: int, dtype: str, bias: 
     """The compiled kernel and its constants."""
     quant_type, blocksize = choices.pop("quant_type", "nf4"), choices.pop("blocksize", 64)
     choices = {"nested": False, "overlap": False} | choices
+    choices["has_residual"] = choices.pop("residual", False)
     settings = constants(
         config, M, K, quant_type, blocksize, has_bias=bias is not None, capability=divmod(arch, 10), **choices
     )
     options = {name: settings.pop(name) for name in ("num_warps", "launch_pdl")}
     types = POINTERS | {"absmax_ptr": "*u8" if choices["nested"] else "*fp32"}
-    types |= {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "bias_ptr": f"*{bias or dtype}"}
+    types |= {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "bias_ptr": f"*{bias or dtype}"}
     names = gemv_4bit_kernel.arg_names
     signature = {name: "constexpr" if name in settings else types.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types}
@@ -153,9 +156,12 @@ def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any)
         codes, *nested = blockwise.quantize_absmax(absmax)
         absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(codes, *nested))
     x = torch.randn(M, K + wide, generator=generator).to(TORCH[dtype])
+    gated, activation = choices.get("gated", False), choices.get("activation")
+    width = N // 2 if gated else N
     bias = torch.randn(N, generator=generator)
     bias = bias.to({**TORCH, "fp32": torch.float32}[bias_dtype]) if bias_dtype else torch.zeros(0)
-    y = np.full(2 * M * N + 2 * CANARY, 0xA5, np.uint8)
+    residual = torch.randn(M, width, generator=generator).to(TORCH[dtype])
+    y = np.full(2 * M * width + 2 * CANARY, 0xA5, np.uint8)
     memory = Memory()
     tensors = [
         tiling.tile_codes(packed, N, K),
@@ -164,18 +170,21 @@ def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any)
         x,
     ]
     arguments = [memory.add(padded(tensor)) for tensor in tensors] + [K + wide, memory.add(padded(bias))]
+    arguments.append(memory.add(padded(residual)))
     program = parse(compiled.asm["ptx"])
     arguments += [memory.add(y) + CANARY, M, N, K]
     arguments += [0] * (len(program.parameters) - len(arguments))
     launch(program, grid or config.grid(N, 4), arguments, memory)
     assert (y[:CANARY] == 0xA5).all()
     assert (y[-CANARY:] == 0xA5).all()
-    out = torch.from_numpy(y[CANARY:-CANARY].copy()).view(TORCH[dtype]).view(M, N).double()
+    out = torch.from_numpy(y[CANARY:-CANARY].copy()).view(TORCH[dtype]).view(M, width).double()
     x = x[:, :K]
     weight = blockwise.dequantize_4bit(packed, absmax, (N, K), torch.float32, quant_type, blocksize).double()
     exact, plain = x.double() @ weight.T, x.double() @ weight.to(TORCH[dtype]).double().T
     if bias_dtype:
         exact, plain = exact + bias.double(), plain + bias.double()
+    added = residual.double() if choices.get("residual") else None
+    exact, plain = (apply_tail(t, added, activation, gated, torch.float64) for t in (exact, plain))
     plain = plain.to(TORCH[dtype]).double()
     return {
         "error": float((out - exact).norm() / exact.norm()),
@@ -204,6 +213,29 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
     "17 rows, guarded": (Config(8, 2, 1, 1), 17, 45, 320, "fp16", {"blocksize": 64, "quant_type": "fp4"}),
     "Turing": (Config(4, 1, 1, 2), 7, 30, 512, "fp16", {"arch": 75, "nested": True, "bias": "fp16"}),
     "Ampere": (Config(4, 1, 1, 4), 1, 30, 1024, "bf16", {"arch": 80, "bias": "bf16"}),
+    "one row, gated": (Config(4, 1, 2, 2), 1, 96, 1024, "bf16", {"gated": True, "activation": "silu", "grid": 2}),
+    "one row, four tiles gated": (
+        Config(8, 1, 4, 1),
+        1,
+        96,
+        512,
+        "fp16",
+        {"gated": True, "activation": "relu", "residual": True, "bias": "fp32", "nested": True},
+    ),
+    "one row, residual": (Config(4, 1, 1, 4), 1, 50, 1024, "bf16", {"residual": True, "bias": "bf16", "grid": 2}),
+    "eight rows, gated": (Config(4, 1, 2, 2), 8, 160, 512, "bf16", {"gated": True, "activation": "silu", "grid": 2}),
+    "rows side by side, gated": (
+        Config(8, 2, 2, 1),
+        13,
+        224,
+        512,
+        "bf16",
+        {"gated": True, "activation": "silu", "residual": True, "bias": "bf16"},
+    ),
+    "activation alone": (Config(4, 1, 1, 2), 3, 50, 512, "bf16", {"activation": "silu", "residual": True}),
+    "64 rows": (Config(4, 4, 2, 1, ahead=False), 64, 130, 128, "bf16", {"residual": True}),
+    "50 rows": (Config(8, 1, 1, 1, ahead=False), 50, 40, 512, "bf16", {}),
+    "x not ahead": (Config(4, 1, 1, 2, ahead=False), 7, 30, 512, "bf16", {"nested": True}),
     "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "nested": True, "grid": 2}),
 }
 
@@ -216,7 +248,7 @@ def run_all() -> None:
         except (PtxError, AssertionError) as error:
             result["failure"] = f"{type(error).__name__}: {error}"
         emit(result)
-    for M in range(1, 33, 2):
+    for M in (*range(1, 33, 2), 40, 64):
         config = configure(M, 40, 512, overlap=False)
         emit({"case": f"M={M}"} | run_case(config, M, 40, 512, "bf16"))
 

@@ -196,6 +196,8 @@ class Machine:
         return (value << np.uint64(64 - width)).view(np.int64) >> (64 - width)
 
     def number(self, operand: str, type_: str) -> np.ndarray:
+        if type_ == "f32":
+            return self.float32(operand)
         width = int(type_[1:])
         return self.signed(operand, width) if type_[0] == "s" else self.bits(operand, width)
 
@@ -238,6 +240,10 @@ class Machine:
     def do_mul(self, instruction: Instruction, active: np.ndarray) -> None:
         self.binary(instruction, active, np.multiply)
 
+    def do_ex2(self, instruction: Instruction, active: np.ndarray) -> None:
+        d, a = instruction.operands
+        self.put(d, np.exp2(self.float32(a)), active)
+
     def do_min(self, instruction: Instruction, active: np.ndarray) -> None:
         self.binary(instruction, active, np.minimum)
 
@@ -265,6 +271,9 @@ class Machine:
         type_ = instruction.opcode[-1]
         d, a, b = instruction.operands
         x, y = self.number(a, type_), self.number(b, type_)
+        if type_ == "f32":
+            self.put(d, x / y, active)
+            return
         if type_[0] == "s":
             quotient = np.abs(x) // np.abs(y) * np.sign(x) * np.sign(y)
         else:

@@ -22,29 +22,39 @@ import torch
 from onegpu.bench.kernels import CALLS, MODELS, ROTATION, Ceilings, call_times, copies_of, random_layers
 from onegpu.formats import blockwise, tiling
 from onegpu.kernels import quantize_4bit
-from onegpu.kernels.gemv_4bit import Config, configure, constants, gemv_4bit, gemv_4bit_kernel, processors
+from onegpu.kernels.gemv_4bit import constants, gemv_4bit, gemv_4bit_kernel, processors
+from onegpu.kernels.gemv_4bit_config import Config, configure
 from onegpu.kernels.launch import NO_CONTRACTION
 
 __all__ = ["CANDIDATES", "tune_alone", "tune_chain"]
 
-# Warps, warps along N, tiles of 16 rows, tiles along K; by rows of x.
+# Warps, warps along N, tiles of 16 rows, tiles along K, whether x is loaded a step ahead; by rows of x.
 CANDIDATES: Final = {
     1: [
-        (4, 1, 1, 4), (8, 1, 1, 2), (8, 1, 1, 4), (16, 1, 1, 2), (4, 1, 2, 2), (16, 1, 2, 2), (8, 1, 2, 2),
-        (4, 1, 1, 8),
+        (4, 1, 1, 4, True), (4, 1, 1, 4, False), (4, 1, 1, 2, True), (8, 1, 1, 2, True), (8, 1, 1, 2, False),
+        (8, 1, 1, 4, True), (16, 1, 1, 2, True), (16, 1, 1, 2, False), (4, 1, 2, 2, True), (4, 1, 2, 2, False),
+        (16, 1, 2, 2, False), (8, 1, 2, 2, True), (16, 1, 1, 1, True), (8, 1, 1, 1, True),
     ],
-    8: [(4, 1, 1, 4), (4, 1, 2, 2), (8, 1, 1, 2), (8, 1, 1, 4), (16, 1, 1, 2), (4, 2, 2, 2)],
+    8: [
+        (4, 1, 1, 4, True), (4, 1, 1, 4, False), (4, 1, 1, 2, True), (4, 1, 2, 2, True), (8, 1, 1, 2, True),
+        (16, 1, 1, 2, True), (16, 1, 1, 1, True), (4, 2, 2, 2, True), (8, 1, 2, 1, True),
+    ],
     16: [
-        (4, 1, 1, 2), (4, 2, 2, 1), (8, 1, 1, 1), (8, 1, 1, 2), (4, 1, 1, 4), (8, 2, 2, 1), (8, 2, 1, 2),
-        (8, 4, 2, 1),
+        (4, 1, 1, 2, True), (4, 1, 1, 2, False), (4, 2, 2, 1, True), (8, 1, 1, 1, True), (8, 1, 1, 2, True),
+        (4, 1, 2, 1, True), (8, 2, 2, 1, True), (8, 1, 2, 1, True), (8, 4, 2, 1, True), (4, 4, 2, 1, True),
     ],
     32: [
-        (8, 1, 2, 1), (4, 4, 2, 1), (8, 4, 2, 1), (8, 1, 1, 1), (4, 1, 1, 2), (4, 1, 1, 1), (4, 2, 2, 1),
-        (8, 2, 2, 1), (8, 2, 1, 1), (8, 4, 1, 1), (8, 8, 2, 1), (16, 4, 1, 1),
+        (8, 1, 2, 1, True), (8, 1, 2, 1, False), (4, 4, 2, 1, True), (4, 4, 2, 1, False), (4, 4, 4, 1, False),
+        (8, 1, 1, 1, True), (4, 1, 1, 1, True), (4, 2, 2, 1, True), (4, 2, 4, 1, False), (8, 2, 2, 1, True),
+        (8, 4, 2, 1, True), (4, 1, 2, 1, True),
+    ],
+    64: [
+        (4, 1, 1, 1, False), (4, 4, 1, 1, False), (8, 1, 1, 1, False), (4, 2, 1, 1, False), (8, 4, 1, 1, False),
+        (8, 2, 1, 1, False), (4, 4, 2, 1, False),
     ],
 }  # fmt: skip
 LIMIT = 0.01  # relative error that a right configuration stays far below
-PROGRAMS = (0, 1, 2, 3, 4, 6)  # per processor; 0 for as many as there are row groups
+PROGRAMS = (0, 2, 3, 4, 6)  # per processor; 0 for as many as there are row groups
 
 
 def precompile(jobs: Sequence[tuple[Config, int, int, bool]], device: torch.device) -> None:
@@ -74,7 +84,7 @@ def compile_jobs(jobs: Sequence[tuple[Config, int, int, bool]], index: int) -> N
             capability=torch.cuda.get_device_capability(device),
         )
         gemv_4bit_kernel.warmup(
-            codes, scales, scales, scales, scales, x, K, x, x, M, 16, K, grid=(1,), **settings, **NO_CONTRACTION
+            codes, scales, scales, scales, scales, x, K, x, x, x, M, 16, K, grid=(1,), **settings, **NO_CONTRACTION
         )
 
 
@@ -82,8 +92,9 @@ def variants(M: int, N: int, K: int, device: torch.device) -> list[Config]:
     """Candidates that fit the weight, each with the grids worth trying."""
     rows = next(limit for limit in CANDIDATES if limit >= M)
     found = []
-    for warps, warps_n, tiles, unroll in CANDIDATES[rows]:
-        plain = Config(warps, warps_n, tiles, unroll)
+    for kind in CANDIDATES[rows]:
+        plain = Config(*kind)
+        warps, warps_n, tiles = plain.warps, plain.warps_n, plain.tiles
         if not plain.is_even_k(K) or N % (16 * tiles * warps_n):
             continue
         grids = set()
@@ -152,6 +163,7 @@ def tune_alone(
 
 def brief(config: Config) -> str:
     shape = f"{config.warps}w WN{config.warps_n} T{config.tiles} U{config.unroll}"
+    shape += "" if config.ahead else " x late"
     return f"{shape} per_sm={config.per_sm}{' even' if config.even else ''}"
 
 
@@ -164,8 +176,8 @@ def tune_chain(
     num_bytes = sum(tensor.nbytes for layer in built for weight in layer.weights.values() for tensor in weight)
     start = torch.randn(1, shapes["qkv"][1], device=device).to(torch.bfloat16)
     outs = {name: torch.empty(1, N, dtype=torch.bfloat16, device=device) for name, (N, _) in shapes.items()}
-    kinds = {(c.warps, c.warps_n, c.tiles, c.unroll) for N, K in shapes.values() for c in variants(1, N, K, device)}
-    precompile([(Config(*kind), 1, kind[0] * kind[3] * 64, True) for kind in kinds], device)
+    kinds = {replace(c, per_sm=0, even=False) for N, K in shapes.values() for c in variants(1, N, K, device)}
+    precompile([(config, 1, config.warps * config.unroll * 64, True) for config in kinds], device)
 
     def step(configs: dict[str, Config]) -> None:
         x = start

@@ -41,13 +41,16 @@ __all__ = [
     "TABLE_SCALE",
     "chunk",
     "fill_table",
+    "inverse_scale",
     "load_codes",
+    "load_element",
     "load_scales",
     "load_x",
     "multiply",
     "static_bytes",
     "store",
     "sum_one_row",
+    "sum_one_row_operands",
     "sum_rows",
     "table_values",
 ]
@@ -78,14 +81,14 @@ def table_words(quant_type: str, dtype: str) -> tuple[str, ...]:
     return tuple(f"0x{word:08x}" for word in struct.unpack("<8I", halves))
 
 
-def float_literal(value: float) -> str:
-    """A float32 as PTX writes it exactly."""
-    return "0f" + struct.pack(">f", value).hex().upper()
+def float32(value: float) -> float:
+    """The nearest float32."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 # Compile-time functions may look constants up but call nothing of the standard library.
 WORDS: Final = {key: table_words(*key) for key in TABLE_SCALE}
-INVERSE: Final = {key: float_literal(1.0 / value) for key, value in TABLE_SCALE.items()}
+INVERSE: Final = {key: float32(1.0 / value) for key, value in TABLE_SCALE.items()}
 MMA: Final = {
     ("bf16", 16): "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
     ("fp16", 16): "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
@@ -93,9 +96,9 @@ MMA: Final = {
 }
 TO_FLOAT: Final = {
     # From bfloat16 there is no conversion before compute capability 9.0; its bits are the upper half of a float32.
-    "bf16": "ld.global.b16 h, [$4]; mov.b32 b, {z, h};",
-    "fp16": "ld.global.b16 h, [$4]; cvt.f32.f16 b, h;",
-    "fp32": "ld.global.f32 b, [$4];",
+    "bf16": "@p ld.global.b16 h, [$1]; mov.b32 $0, {z, h}; ",
+    "fp16": "@p ld.global.b16 h, [$1]; cvt.f32.f16 $0, h; ",
+    "fp32": "@p ld.global.f32 $0, [$1]; ",
 }
 
 
@@ -314,27 +317,41 @@ def multiply_operands(columns: int, one_row: bool, groups: int) -> str:
 
 
 @triton.constexpr_function
-def sum_one_row(warps: int, tiles: int) -> str:
+def sum_one_row(warps: int, tiles: int, gated: bool) -> str:
     """Sums over all warps; thread i < 16 * tiles gets row i.
 
-    Operands: the sum out; two sums for each tile (rows g and g + 8, right in the lanes with t = 0); 0 or 1 by turns,
-    which picks one of two buffers, so that one barrier is enough.
+    With `gated`, thread i < 8 * tiles gets two: row i % 16 of tile 2 (i // 16) and of the tile after it.
+
+    Operands: two sums out, the second of use only if `gated`; two sums for each tile (rows g and g + 8, right in the
+    lanes with t = 0); 0 or 1 by turns, which picks one of two buffers, so that one barrier is enough.
     """
     stride = 64 * tiles
     text = "{ .reg .b32 t,l,w,g,b,v; .reg .f32 f; .reg .pred p,q;\n"
     text += (
         "mov.u32 t, %tid.x; and.b32 l, t, 31; shr.u32 w, t, 5; shr.u32 g, l, 2; and.b32 l, l, 3; setp.eq.u32 p, l, 0;\n"
     )
-    text += f"mov.u32 b, onegpu_sums; mad.lo.u32 b, ${2 * tiles + 1}, {warps * stride}, b;\n"
+    text += f"mov.u32 b, onegpu_sums; mad.lo.u32 b, ${2 * tiles + 2}, {warps * stride}, b;\n"
     text += f"mad.lo.u32 v, w, {stride}, b; mad.lo.u32 v, g, 4, v;\n"
     for t in range(tiles):
         for half in range(2):
-            text += f"@p st.shared.f32 [v + {64 * t + 32 * half}], ${1 + 2 * t + half};\n"
-    text += f"bar.sync 0; mov.b32 $0, 0f00000000; mov.b32 f, 0f00000000; setp.lt.u32 q, t, {16 * tiles};\n"
-    text += "mad.lo.u32 v, t, 4, b;\n"
+            text += f"@p st.shared.f32 [v + {64 * t + 32 * half}], ${2 + 2 * t + half};\n"
+    threads = 8 * tiles if gated else 16 * tiles
+    text += "bar.sync 0; mov.b32 $0, 0f00000000; mov.b32 $1, 0f00000000; mov.b32 f, 0f00000000; "
+    text += f"setp.lt.u32 q, t, {threads};\n"
+    if gated:
+        text += "shr.u32 v, t, 4; and.b32 w, t, 15; shl.b32 v, v, 5; add.u32 v, v, w; mad.lo.u32 v, v, 4, b;\n"
+    else:
+        text += "mad.lo.u32 v, t, 4, b;\n"
     for k in range(warps):
         text += f"@q ld.shared.f32 f, [v + {k * stride}]; add.rn.f32 $0, $0, f;\n"
+        if gated:
+            text += f"@q ld.shared.f32 f, [v + {k * stride + 64}]; add.rn.f32 $1, $1, f;\n"
     return text + "}"
+
+
+@triton.constexpr_function
+def sum_one_row_operands(tiles: int) -> str:
+    return outputs("f", 2) + ",f" * (2 * tiles) + ",r"
 
 
 @triton.constexpr_function
@@ -357,16 +374,23 @@ def sum_rows(warps: int, warps_n: int, count: int) -> str:
 
 
 @triton.constexpr_function
-def store(quant_type: str, dtype: str, bias_dtype: str | None) -> str:
-    """Take the table's constant off, add the bias, round once, write one element.
+def inverse_scale(quant_type: str, dtype: str) -> float:
+    """What takes the table's constant off again."""
+    return INVERSE[quant_type, dtype]
 
-    A `tl.store` here would make Triton compute all it depends on again in another layout, assembly included.
 
-    Operands: nothing of use out; the address in y, the sum, whether to write, the address of the bias.
-    """
-    text = "{ .reg .pred p; .reg .b16 h,z; .reg .f32 f,b; setp.ne.b32 p, $3, 0; mov.b16 z, 0; mov.b16 h, 0; "
-    text += f"mul.rn.f32 f, $2, {INVERSE[quant_type, dtype]};\n"
-    if bias_dtype is not None:
-        text += "mov.b32 b, 0f00000000; @p " + TO_FLOAT[bias_dtype] + " add.rn.f32 f, f, b;\n"
+@triton.constexpr_function
+def load_element(dtype: str) -> str:
+    """One element as float32, 0 where it is not asked for. Operands: it; its address, whether to load."""
+    text = "{ .reg .pred p; .reg .b16 h,z; setp.ne.b32 p, $2, 0; mov.b16 z, 0; mov.b16 h, 0; "
+    return text + "mov.b32 $0, 0f00000000;\n" + TO_FLOAT[dtype] + "}"
+
+
+@triton.constexpr_function
+def store(dtype: str) -> str:
+    """Round once, write one element. Operands: nothing of use out; its address, the value, whether to write."""
     convert = "cvt.rn.bf16.f32" if dtype == "bf16" else "cvt.rn.f16.f32"
-    return text + f"{convert} h, f; @p st.global.b16 [$1], h; mov.b32 $0, 0; }}"
+    return (
+        "{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $3, 0; "
+        f"{convert} h, $2; @p st.global.b16 [$1], h; mov.b32 $0, 0; }}"
+    )

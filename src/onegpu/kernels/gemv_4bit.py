@@ -1,8 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment"
-"""y = x @ W.T + bias for a tiled 4-bit W and up to 32 rows of x: one kernel, bound by reading W.
+"""y = tail(x @ W.T) for a tiled 4-bit W and up to 64 rows of x: one kernel, bound by reading W.
 
-    y[m, n] = round((sum over blocks b of absmax[n, b] * sum over k in b of table[code[n, k]] * x[m, k]) / c + bias[n])
+    t[m, n] = (sum over blocks b of absmax[n, b] * sum over k in b of table[code[n, k]] * x[m, k]) / c + bias[n]
+    y = round(tail(t))                                    the activation and residual of `onegpu.kernels.tail`
 
 with table = the codebook times c, rounded to the dtype of x (`asm_4bit`), products exact, all sums in float32 and one
 rounding at the end. Nested scales are evaluated here, so only their 8-bit codes are read. W comes in the tiles of
@@ -10,7 +11,9 @@ rounding at the end. Nested scales are evaluated here, so only their 8-bit codes
 
 A warp takes `TILES` tiles of 16 rows by `UNROLL` tiles of 64 columns at a time; of a program's warps, `WARPS_N` lie
 side by side along rows of W and the rest split K. A program walks row groups with the stride of the grid, and every
-load of codes and scales is issued one step before it is used, across row groups too: what counts is bytes in flight.
+load of codes, scales and (while registers last) x is issued one step before it is used, across row groups too: what
+counts is bytes in flight. With `GATED` a warp's tiles are pairs, one of rows n and one of rows n + N / 2, so that a
+gate and what it multiplies meet in one thread.
 
 Everything that touches registers of a tensor core is inline assembly on values of shape [warps, 32 lanes], whose
 element index is the thread's own index; so are the stores (see `asm_4bit.store`). The operands of x are rows in their
@@ -24,7 +27,6 @@ whatever wrote W must have finished before the kernel in front of this one began
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,11 +35,12 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.kernels import asm_4bit as asm
+from onegpu.kernels.gemv_4bit_config import Config, configure
 from onegpu.kernels.launch import NO_CONTRACTION, nested_arguments, on_device_of
+from onegpu.kernels.tail_device import activate
 
-__all__ = ["MAX_ROWS", "Config", "configure", "constants", "gemv_4bit", "gemv_4bit_kernel", "why_not_gemv"]
+__all__ = ["constants", "gemv_4bit", "gemv_4bit_kernel", "processors", "why_not_gemv"]
 
-MAX_ROWS = 32
 OVERLAP_CAPABILITY = (9, 0)
 BFLOAT16_CAPABILITY = (8, 0)
 OLDEST_CAPABILITY = (7, 5)
@@ -83,6 +86,24 @@ def block_of(column_tile, BLOCKSIZE: tl.constexpr):
 
 
 @triton.jit
+def row_tile_of(
+    group, warp_n, row_tiles, tile: tl.constexpr, WARPS_N: tl.constexpr, TILES: tl.constexpr, GATED: tl.constexpr
+):
+    """Which 16 rows of W the `tile`-th tile of a warp holds; beyond the last, some other that exists."""
+    if GATED:
+        half = row_tiles // 2
+        pair = (group * WARPS_N + warp_n) * (TILES // 2) + tile // 2
+        if WARPS_N * TILES > 2:
+            pair = tl.minimum(pair, half - 1)
+        row_tile = pair + tile % 2 * half
+    else:
+        row_tile = (group * WARPS_N + warp_n) * TILES + tile
+        if WARPS_N * TILES > 1:
+            row_tile = tl.minimum(row_tile, row_tiles - 1)
+    return row_tile
+
+
+@triton.jit
 def load_weights(
     tiled_ptr,
     absmax_ptr,
@@ -102,6 +123,7 @@ def load_weights(
     TILES: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """A lane's codes and scales of TILES x UNROLL tiles, as two flat tuples."""
     GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
@@ -114,9 +136,7 @@ def load_weights(
     codes = ()
     scales = ()
     for t in tl.static_range(TILES):
-        row_tile = (group * WARPS_N + warp_n) * TILES + t
-        if WARPS_N * TILES > 1:
-            row_tile = tl.minimum(row_tile, row_tiles - 1)
+        row_tile = row_tile_of(group, warp_n, row_tiles, t, WARPS_N, TILES, GATED)
         address = (tiled_ptr + (row_tile * columns + first) * 128 + lane * 4).to(tl.int64)
         guards = (load,)
         if not EVEN_K:
@@ -165,12 +185,6 @@ def load_weights(
 
 
 @triton.jit
-def words(codes, tile: tl.constexpr):
-    """The four words of one tile."""
-    return (codes[4 * tile], codes[4 * tile + 1], codes[4 * tile + 2], codes[4 * tile + 3])
-
-
-@triton.jit
 def scale_pair(scales, block: tl.constexpr, offset, NESTED: tl.constexpr):
     """The float32 scales of rows g and g + 8 for one block of columns."""
     if NESTED:
@@ -188,12 +202,7 @@ def scale_pair(scales, block: tl.constexpr, offset, NESTED: tl.constexpr):
 
 
 @triton.jit
-def multiply_step(
-    sums,
-    codes,
-    scales,
-    table,
-    offset,
+def load_rows(
     x_ptr,
     stride_xm,
     lane,
@@ -201,27 +210,19 @@ def multiply_step(
     step,
     M,
     K,
-    BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
     ONE_ROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     WARPS_K: tl.constexpr,
-    TILES: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr,
-    DEPTH: tl.constexpr,
 ):
-    """`sums` with the products of one step added."""
-    GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
-    SUMS: tl.constexpr = asm.num_products(COLUMNS, ONE_ROW, 1)
-    DTYPE: tl.constexpr = dtype_name(x_ptr.dtype.element_ty)
-    g = lane // 4
+    """A lane's part of x for one step: 8 words for each tile along K and each eight rows, as a flat tuple."""
+    x = ()
     for u in tl.static_range(UNROLL):
         column = step * (WARPS_K * UNROLL) + warp_k + u * WARPS_K
-        x = ()
         for c in tl.static_range(COLUMNS):
             # With one row all lanes read it; of the tensor core's eight results seven are not looked at.
-            row = lane * 0 if ONE_ROW else tl.minimum(g + 8 * c, M - 1)
+            row = lane * 0 if ONE_ROW else tl.minimum(lane // 4 + 8 * c, M - 1)
             address = (x_ptr + row * stride_xm + column * 64 + lane % 4 * 8).to(tl.int64)
             operands = (address,)
             if not EVEN_K:
@@ -234,12 +235,45 @@ def multiply_step(
                 is_pure=False,
                 pack=1,
             )
+    return x
+
+
+@triton.jit
+def slice_of(values, first: tl.constexpr, count: tl.constexpr):
+    """`count` of a flat tuple."""
+    out = ()
+    for i in tl.static_range(count):
+        out = out + (values[first + i],)  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def multiply_step(
+    sums,
+    codes,
+    scales,
+    x,
+    table,
+    offset,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`sums` with the products of one step added."""
+    GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
+    SUMS: tl.constexpr = asm.num_products(COLUMNS, ONE_ROW, 1)
+    for u in tl.static_range(UNROLL):
         added = ()
         for t in tl.static_range(TILES):
             products = tl.inline_asm_elementwise(
                 asm.multiply(COLUMNS, ONE_ROW, GROUPS, DTYPE, DEPTH),
                 asm.multiply_operands(COLUMNS, ONE_ROW, GROUPS),
-                words(codes, t * UNROLL + u) + x + (table,),
+                slice_of(codes, 4 * (t * UNROLL + u), 4) + slice_of(x, 8 * COLUMNS * u, 8 * COLUMNS) + (table,),
                 dtype=same(tl.float32, GROUPS * SUMS),
                 is_pure=False,
                 pack=1,
@@ -257,16 +291,37 @@ def multiply_step(
 
 
 @triton.jit
-def store_element(y_ptr, bias_ptr, value, row, column, wanted, N, QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """y[column, row], with `row` a row of W and `column` one of x."""
-    DTYPE: tl.constexpr = dtype_name(y_ptr.dtype.element_ty)
-    BIAS: tl.constexpr = dtype_name(bias_ptr.dtype.element_ty) if HAS_BIAS else None
-    address = (y_ptr + column * N + row).to(tl.int64)
-    bias = (bias_ptr + row).to(tl.int64)
+def load_element(pointer, wanted):
+    """One element in float32, 0 where it is not wanted."""
+    return tl.inline_asm_elementwise(
+        asm.load_element(dtype_name(pointer.dtype.element_ty)),
+        "=&f,l,r",
+        (pointer.to(tl.int64), wanted.to(tl.int32)),
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def scaled(value, bias, QUANT_TYPE: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The product itself: the table's constant taken off, the bias added."""
+    value = value * asm.inverse_scale(QUANT_TYPE, DTYPE)
+    if HAS_BIAS:
+        value = value + bias
+    return value
+
+
+@triton.jit
+def store_element(pointer, value, wanted):
+    """Round once, write one element.
+
+    A `tl.store` here would make Triton compute all it depends on again in another layout, assembly included.
+    """
     tl.inline_asm_elementwise(
-        asm.store(QUANT_TYPE, DTYPE, BIAS),
-        "=r,l,f,r,l",
-        (address, value, (wanted & (row < N)).to(tl.int32), bias),
+        asm.store(dtype_name(pointer.dtype.element_ty)),
+        "=r,l,f,r",
+        (pointer.to(tl.int64), value, wanted.to(tl.int32)),
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -275,33 +330,58 @@ def store_element(y_ptr, bias_ptr, value, row, column, wanted, N, QUANT_TYPE: tl
 
 @triton.jit
 def finish_one_row(
-    sums, y_ptr, bias_ptr, thread, group, turn, N,
-    QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
+    sums, y_ptr, bias_ptr, residual_ptr, thread, group, turn, N,
+    QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    value = tl.inline_asm_elementwise(
-        asm.sum_one_row(WARPS, TILES),
-        "=&f" + ",f" * (2 * TILES) + ",r",
+    """The sums of all warps, one row of W for each of the first threads; with `GATED` two rows."""
+    DTYPE: tl.constexpr = dtype_name(y_ptr.dtype.element_ty)
+    rows = N // 2 if GATED else N
+    row = group * (8 * TILES if GATED else 16 * TILES) + thread
+    wanted = (thread < (8 * TILES if GATED else 16 * TILES)) & (row < rows)
+    bias = thread * 0.0
+    other_bias = thread * 0.0
+    residual = thread * 0.0
+    if HAS_BIAS:
+        bias = load_element(bias_ptr + row, wanted)
+        if GATED:
+            other_bias = load_element(bias_ptr + rows + row, wanted)
+    if HAS_RESIDUAL:
+        residual = load_element(residual_ptr + row, wanted)
+    values = tl.inline_asm_elementwise(
+        asm.sum_one_row(WARPS, TILES, GATED),
+        asm.sum_one_row_operands(TILES),
         sums + (thread * 0 + turn,),  # noqa: RUF005
-        dtype=tl.float32,
+        dtype=same(tl.float32, 2),
         is_pure=False,
         pack=1,
     )
-    row = group * (16 * TILES) + thread
-    store_element(y_ptr, bias_ptr, value, row, thread * 0, thread < 16 * TILES, N, QUANT_TYPE, HAS_BIAS)
+    value = scaled(values[0], bias, QUANT_TYPE, DTYPE, HAS_BIAS)
+    if ACTIVATION is not None:
+        value = activate(value, ACTIVATION)
+    if GATED:
+        value = value * scaled(values[1], other_bias, QUANT_TYPE, DTYPE, HAS_BIAS)
+    if HAS_RESIDUAL:
+        value = value + residual
+    store_element(y_ptr + row, value, wanted)
 
 
 @triton.jit
 def finish_rows(
-    sums, y_ptr, bias_ptr, lane, warp_n, warp_k, group, M, N,
-    QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    WARPS_N: tl.constexpr, TILES: tl.constexpr,
+    sums, y_ptr, bias_ptr, residual_ptr, lane, warp_n, warp_k, group, M, N,
+    QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, WARPS_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    TOTAL: tl.constexpr = TILES * 4 * COLUMNS
+    """The sums of the warps that share rows of W, in the layout of the tensor core."""
+    DTYPE: tl.constexpr = dtype_name(y_ptr.dtype.element_ty)
+    SUMS: tl.constexpr = 4 * COLUMNS
+    TOTAL: tl.constexpr = TILES * SUMS
     CHUNK: tl.constexpr = asm.chunk(WARPS, TOTAL)
+    PER: tl.constexpr = 2 if GATED else 1
+    rows = N // 2 if GATED else N
+    values = ()
     for first in tl.static_range(0, TOTAL, CHUNK):
-        part = ()
-        for i in tl.static_range(CHUNK):
-            part = part + (sums[first + i],)  # noqa: RUF005
+        part = slice_of(sums, first, CHUNK)
         if WARPS > WARPS_N:
             part = tl.inline_asm_elementwise(
                 asm.sum_rows(WARPS, WARPS_N, CHUNK),
@@ -311,11 +391,27 @@ def finish_rows(
                 is_pure=False,
                 pack=1,
             )
-        for i in tl.static_range(CHUNK):
-            row_tile = (group * WARPS_N + warp_n) * TILES + (first + i) // (4 * COLUMNS)
-            row = row_tile * 16 + i // 2 % 2 * 8 + lane // 4
-            column = (first + i) // 4 % COLUMNS * 8 + i % 2 + lane % 4 * 2
-            store_element(y_ptr, bias_ptr, part[i], row, column, (warp_k == 0) & (column < M), N, QUANT_TYPE, HAS_BIAS)
+        values = values + part
+    for t in tl.static_range(TILES // PER):
+        for i in tl.static_range(SUMS):
+            tile = (group * WARPS_N + warp_n) * (TILES // PER) + t
+            row = tile * 16 + i // 2 % 2 * 8 + lane // 4
+            column = i // 4 * 8 + i % 2 + lane % 4 * 2
+            wanted = (warp_k == 0) & (column < M) & (row < rows)
+            bias = lane * 0.0
+            other_bias = lane * 0.0
+            if HAS_BIAS:
+                bias = load_element(bias_ptr + row, wanted)
+                if GATED:
+                    other_bias = load_element(bias_ptr + rows + row, wanted)
+            value = scaled(values[PER * t * SUMS + i], bias, QUANT_TYPE, DTYPE, HAS_BIAS)
+            if ACTIVATION is not None:
+                value = activate(value, ACTIVATION)
+            if GATED:
+                value = value * scaled(values[(PER * t + 1) * SUMS + i], other_bias, QUANT_TYPE, DTYPE, HAS_BIAS)
+            if HAS_RESIDUAL:
+                value = value + load_element(residual_ptr + column * rows + row, wanted)
+            store_element(y_ptr + column * rows + row, value, wanted)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "stride_xm"])
@@ -328,7 +424,8 @@ def gemv_4bit_kernel(
     x_ptr,  # [M, K], rows on 16-byte boundaries
     stride_xm,
     bias_ptr,  # [N], read if HAS_BIAS
-    y_ptr,  # [M, N]
+    residual_ptr,  # as y, read if HAS_RESIDUAL
+    y_ptr,  # [M, N], or [M, N / 2] if GATED
     M,
     N,
     K,
@@ -336,13 +433,17 @@ def gemv_4bit_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # of `onegpu.kernels.tail`, or None
+    GATED: tl.constexpr,
     ONE_ROW: tl.constexpr,  # M is 1
-    COLUMNS: tl.constexpr,  # ceil(M / 8)
+    COLUMNS: tl.constexpr,  # M / 8, rounded up to a power of two
     WARPS: tl.constexpr,
     WARPS_N: tl.constexpr,
     TILES: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr,  # the program's warps and their steps divide K / 64
+    AHEAD: tl.constexpr,  # x is loaded a step ahead too
     OVERLAP: tl.constexpr,
     DEPTH: tl.constexpr,  # of one tensor core step: 16, on Turing 8
 ):
@@ -357,10 +458,9 @@ def gemv_4bit_kernel(
     steps = tl.cdiv(K // 64, WARPS_K * UNROLL)
     group = tl.program_id(0)
     step = 0
-    total = tl.cdiv(groups - group, tl.num_programs(0)) * steps
     codes, scales = load_weights(
-        tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, step, total > 0, N, K,
-        BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K,
+        tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, step, True, N, K,
+        BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
     )  # fmt: skip
     map_address = (nested_code_ptr + thread * 0).to(tl.int64)
     table = tl.inline_asm_elementwise(
@@ -377,105 +477,52 @@ def gemv_4bit_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if AHEAD:
+        x = load_rows(
+            x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+        )  # fmt: skip
+    total = tl.cdiv(groups - group, tl.num_programs(0)) * steps
     sums = zeros(thread * 0, SUMS)
     turn = 0
     for i in range(total):
         last = step + 1 == steps
         next_step = tl.where(last, 0, step + 1)
         next_group = tl.where(last, group + tl.num_programs(0), group)
+        if AHEAD:
+            now_x = x
+        else:
+            now_x = load_rows(
+                x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+            )  # fmt: skip
         next_codes, next_scales = load_weights(
             tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, i + 1 < total, N, K,
-            BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K,
+            BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
         )  # fmt: skip
+        if AHEAD:
+            x = load_rows(
+                x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+            )  # fmt: skip
         sums = multiply_step(
-            sums, codes, scales, table, thread * 0.0 + offset, x_ptr, stride_xm, lane, warp_k, step, M, K,
-            BLOCKSIZE, NESTED, ONE_ROW, COLUMNS, WARPS_K, TILES, UNROLL, EVEN_K, DEPTH,
+            sums, codes, scales, now_x, table, thread * 0.0 + offset,
+            BLOCKSIZE, NESTED, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
         )  # fmt: skip
         if last:
             if ONE_ROW:
-                finish_one_row(sums, y_ptr, bias_ptr, thread, group, turn, N, QUANT_TYPE, HAS_BIAS, WARPS, TILES)
+                finish_one_row(
+                    sums, y_ptr, bias_ptr, residual_ptr, thread, group, turn, N,
+                    QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, WARPS, TILES,
+                )  # fmt: skip
                 turn = 1 - turn
             else:
                 finish_rows(
-                    sums, y_ptr, bias_ptr, lane, warp_n, warp_k, group, M, N,
-                    QUANT_TYPE, HAS_BIAS, COLUMNS, WARPS, WARPS_N, TILES,
+                    sums, y_ptr, bias_ptr, residual_ptr, lane, warp_n, warp_k, group, M, N,
+                    QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, COLUMNS, WARPS, WARPS_N, TILES,
                 )  # fmt: skip
             sums = zeros(thread * 0, SUMS)
         codes = next_codes
         scales = next_scales
         step = next_step
         group = next_group
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How one program works, and how many there are."""
-
-    warps: int
-    warps_n: int  # side by side along rows of W; the rest split K
-    tiles: int  # of 16 rows, of one warp
-    unroll: int  # tiles of 64 columns at a time
-    per_sm: int = 0  # programs for each processor at most; 0 for one program per row group
-    even: bool = False  # fewer programs, so that all have the same number of row groups
-
-    def grid(self, N: int, processors: int) -> int:
-        """Programs for N rows of W."""
-        groups = triton.cdiv(N, 16 * self.tiles * self.warps_n)
-        limit = groups if self.per_sm == 0 else min(groups, self.per_sm * processors)
-        return triton.cdiv(groups, triton.cdiv(groups, limit)) if self.even else limit
-
-    def is_even_k(self, K: int) -> bool:
-        """Whether steps divide K, so that no load needs a guard."""
-        return (K // 64) % (self.warps // self.warps_n * self.unroll) == 0
-
-    def fitted(self, K: int) -> Config:
-        """The nearest configuration whose steps divide K; this one if none does."""
-        warps = self.warps
-        while warps >= max(4, self.warps_n):
-            unroll = self.unroll
-            while unroll:
-                candidate = replace(self, warps=warps, unroll=unroll)
-                if candidate.is_even_k(K):
-                    return candidate
-                unroll //= 2
-            warps //= 2
-        return self
-
-
-# By rows of x (1, up to 8, 16, 32) and shape of W: `deep` from K = 8192 on, else `wide` from N = 16384 on, else
-# `small`. On an H100 (132 processors, Triton 3.6): for one row 4 warps x 4 tiles along K keep most bytes in flight;
-# deep weights have few rows, so 16 warps split K (within 64 registers, so that two such programs share a processor);
-# more rows of x need registers, so tiles get fewer.
-ALONE = {
-    (1, "small"): Config(4, 1, 1, 4),
-    (1, "wide"): Config(4, 1, 1, 4, per_sm=4),
-    (1, "deep"): Config(16, 1, 1, 2),
-    (8, "small"): Config(4, 1, 1, 4),
-    (8, "wide"): Config(4, 1, 1, 4, per_sm=4),
-    (8, "deep"): Config(4, 1, 1, 4),
-    (16, "small"): Config(4, 1, 1, 2),
-    (16, "wide"): Config(4, 2, 2, 1),
-    (16, "deep"): Config(4, 1, 1, 2),
-    (32, "small"): Config(8, 1, 2, 1),
-    (32, "wide"): Config(4, 4, 2, 1),
-    (32, "deep"): Config(8, 1, 2, 1),
-}
-# With OVERLAP two kernels share a processor for a while, so other choices win in a chain of a decoder's products.
-OVERLAPPED = ALONE | {
-    (1, "narrow"): Config(16, 1, 1, 2),
-    (1, "small"): Config(8, 1, 1, 2),
-    (1, "wide"): Config(4, 1, 2, 2, per_sm=4, even=True),
-    (1, "deep"): Config(16, 1, 2, 2),
-}
-
-
-def configure(M: int, N: int, K: int, overlap: bool) -> Config:
-    """The configuration for M <= MAX_ROWS rows of x and a weight [N, K]."""
-    rows = next(limit for limit in (1, 8, 16, 32) if limit >= M)
-    shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "small"
-    if overlap and rows == 1 and shape == "small" and N <= 4096:
-        shape = "narrow"
-    return (OVERLAPPED if overlap else ALONE)[rows, shape].fitted(K)
 
 
 @functools.cache
@@ -507,6 +554,9 @@ def constants(
     has_bias: bool,
     overlap: bool,
     capability: tuple[int, int],
+    has_residual: bool = False,
+    activation: str | None = None,
+    gated: bool = False,
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
     return {
@@ -514,13 +564,17 @@ def constants(
         "BLOCKSIZE": blocksize,
         "NESTED": nested,
         "HAS_BIAS": has_bias,
+        "HAS_RESIDUAL": has_residual,
+        "ACTIVATION": activation,
+        "GATED": gated,
         "ONE_ROW": M == 1,
-        "COLUMNS": next(columns for columns in (1, 2, 4) if 8 * columns >= M),
+        "COLUMNS": next(columns for columns in (1, 2, 4, 8) if 8 * columns >= M),
         "WARPS": config.warps,
         "WARPS_N": config.warps_n,
         "TILES": config.tiles,
         "UNROLL": config.unroll,
         "EVEN_K": config.is_even_k(K),
+        "AHEAD": config.ahead,
         "OVERLAP": overlap and capability >= OVERLAP_CAPABILITY,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
         "num_warps": config.warps,
@@ -538,22 +592,27 @@ def gemv_4bit(
     blocksize: int,
     nested: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
     overlap: bool = False,
     config: Config | None = None,
 ) -> None:
-    """Write rows @ W.T + bias into y.
+    """Write the tail of rows @ W.T + bias into y.
 
     Args:
-        y: [M, N], contiguous, M from 1 to `MAX_ROWS`, in the dtype of `rows`.
+        y: [M, N], or [M, N / 2] if gated; contiguous, M from 1 to `MAX_ROWS`, in the dtype of `rows`.
         rows: [M, K], bfloat16 or float16, elements of a row side by side, rows on 16-byte boundaries.
         tiled, absmax: `onegpu.formats.tiling`'s codes and scales of W [N, K], contiguous.
         nested: `nested_absmax`, `nested_code`, `nested_offset` where absmax is uint8.
+        residual: as y, contiguous.
+        activation, gated: of `onegpu.kernels.tail`; gated needs N to be a multiple of 32.
         overlap: begin before the kernel in front has ended (see the top of this file).
         config: instead of `configure`'s choice.
     """
     M, K = rows.shape
-    N = y.shape[1]
-    config = configure(M, N, K, overlap) if config is None else config
+    N = 2 * y.shape[1] if gated else y.shape[1]
+    config = configure(M, N, K, overlap, gated) if config is None else config
     device = rows.device
     scales = nested_arguments(absmax, *(nested or (None, None, None)))
     settings = constants(
@@ -564,6 +623,9 @@ def gemv_4bit(
         blocksize,
         nested=nested is not None,
         has_bias=bias is not None,
+        has_residual=residual is not None,
+        activation=activation,
+        gated=gated,
         overlap=overlap,
         capability=torch.cuda.get_device_capability(device),
     )
@@ -574,6 +636,7 @@ def gemv_4bit(
             rows,
             rows.stride(0),
             y if bias is None else bias,
+            y if residual is None else residual,
             y,
             M,
             N,

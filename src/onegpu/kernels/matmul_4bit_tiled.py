@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""y = x @ W.T + bias for a tiled 4-bit W: two ways, by the number of rows of x.
+"""y = tail(x @ W.T + bias) for a tiled 4-bit W: two ways, by the number of rows of x.
 
-up to SPLIT_ROWS   `gemv_4bit`, which reads W once for every 32 rows
+up to SPLIT_ROWS   `gemv_4bit`, which reads W once for every 64 rows
 more               rows of W dequantized to scratch memory, then the vendor's library; also where `gemv_4bit` cannot
                    run (float32 x, AMD GPUs)
 """
@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.formats.tiling import TILE_COLUMNS, TILE_ROWS
-from onegpu.kernels.gemv_4bit import MAX_ROWS, gemv_4bit, why_not_gemv
+from onegpu.kernels import tail
+from onegpu.kernels.gemv_4bit import gemv_4bit, why_not_gemv
+from onegpu.kernels.gemv_4bit_config import MAX_ROWS
 from onegpu.kernels.launch import NO_CONTRACTION, decode, nested_arguments, on_device_of
 
 __all__ = ["linear_4bit_tiled"]
@@ -89,26 +91,50 @@ def linear_4bit_tiled(
     nested_absmax: Tensor | None = None,
     nested_code: Tensor | None = None,
     nested_offset: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
     overlap: bool = False,
 ) -> Tensor:
     """Launcher of the operator `linear_4bit_tiled`; its arguments have been checked."""
     N, K = out_features, x.shape[-1]
     rows = x.detach().reshape(-1, K)
-    M = rows.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    M, width = rows.shape[0], tail.out_features(N, gated)
     bias = None if bias is None else bias.detach().contiguous()
     tiled, absmax = tiled.contiguous(), absmax.contiguous()
     nested = None
     if nested_absmax is not None and nested_code is not None and nested_offset is not None:
         nested = (nested_absmax.contiguous(), nested_code.contiguous(), nested_offset)
+    added = None if residual is None else residual.detach().reshape(M, width)
     if M > SPLIT_ROWS or (M > 0 and (not x.is_cuda or why_not_gemv(x.device, x.dtype) is not None)):
-        _dequantize_and_multiply(y, rows, tiled, absmax, bias, quant_type, blocksize, nested)
-        return y.view(*x.shape[:-1], N)
+        y = _dequantize_and_multiply(rows, tiled, absmax, bias, N, quant_type, blocksize, nested)
+        y = _followed(y, added, activation, gated)
+        return y.view(*x.shape[:-1], width)
+    y = torch.empty(M, width, dtype=x.dtype, device=x.device)
     rows = _aligned(rows)
+    added = None if added is None else added.contiguous()
+    fused = not gated or N % (2 * TILE_ROWS) == 0
     for first in range(0, M, MAX_ROWS):
         part = slice(first, min(first + MAX_ROWS, M))
-        gemv_4bit(y[part], rows[part], tiled, absmax, bias, quant_type, blocksize, nested, overlap=overlap)
-    return y.view(*x.shape[:-1], N)
+        more = None if added is None else added[part]
+        if fused:
+            gemv_4bit(
+                y[part], rows[part], tiled, absmax, bias, quant_type, blocksize, nested,
+                residual=more, activation=activation, gated=gated, overlap=overlap,
+            )  # fmt: skip
+            continue
+        # Gate and up share a tile of 16 rows: they meet after the product.
+        both = torch.empty(rows[part].shape[0], N, dtype=x.dtype, device=x.device)
+        gemv_4bit(both, rows[part], tiled, absmax, bias, quant_type, blocksize, nested, overlap=overlap)
+        y[part] = _followed(both, more, activation, gated)
+    return y.view(*x.shape[:-1], width)
+
+
+def _followed(y: Tensor, residual: Tensor | None, activation: str | None, gated: bool) -> Tensor:
+    """The tail, where the product is rounded before it: as plain modules in a row do."""
+    if activation is not None:
+        return tail.apply_tail(y.float(), residual, activation, gated, y.dtype)
+    return y if residual is None else y.add_(residual)
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -119,16 +145,17 @@ def _aligned(rows: Tensor) -> Tensor:
 
 
 def _dequantize_and_multiply(
-    y: Tensor,
     rows: Tensor,
     tiled: Tensor,
     absmax: Tensor,
     bias: Tensor | None,
+    N: int,
     quant_type: str,
     blocksize: int,
     nested: tuple[Tensor, Tensor, Tensor] | None,
-) -> None:
-    N, K = y.shape[1], rows.shape[1]
+) -> Tensor:
+    K = rows.shape[1]
+    y = torch.empty(rows.shape[0], N, dtype=rows.dtype, device=rows.device)
     scales = nested_arguments(absmax, *(nested or (None, None, None)))
     row_tiles = triton.cdiv(N, TILE_ROWS)
     step = min(row_tiles, max(1, SCRATCH // K // TILE_ROWS))
@@ -159,3 +186,4 @@ def _dequantize_and_multiply(
             torch.addmm(bias[part], rows, weight.t(), out=y[:, part])
         else:
             y[:, part] = torch.mm(rows, weight.t()).float() + bias[part].float()
+    return y

@@ -19,8 +19,8 @@ from onegpu.formats.tiling import (
     untile_scales,
     why_not_tiled,
 )
-from onegpu.kernels import checks, reference
-from onegpu.kernels.ops import LIBRARY, NESTED, bind, dequantize_4bit, fake_linear_4bit
+from onegpu.kernels import checks, reference, tail
+from onegpu.kernels.ops import LIBRARY, NESTED, bind, dequantize_4bit
 
 __all__ = ["linear_4bit_tiled", "why_not_tiled"]
 
@@ -38,6 +38,9 @@ def check_linear_4bit_tiled(
     nested_absmax: Tensor | None = None,
     nested_code: Tensor | None = None,
     nested_offset: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
     overlap: bool = False,  # noqa: ARG001
 ) -> None:
     """As `checks.linear_4bit`, with the lengths of the tile order."""
@@ -49,6 +52,7 @@ def check_linear_4bit_tiled(
     if reason is not None:
         raise ArgumentError(f"{OP}: {reason}", "linear_4bit takes every shape")
     checks._bias(OP, x, bias, out_features)
+    tail.check_tail(OP, x, out_features, residual, activation, gated)
     _length("tiled", tiled, torch.uint8, num_tiled_bytes(out_features, K), out_features, K)
     nested = nested_absmax is not None
     dtype = torch.uint8 if nested else torch.float32
@@ -88,13 +92,34 @@ def reference_linear_4bit_tiled(
     nested_absmax: Tensor | None = None,
     nested_code: Tensor | None = None,
     nested_offset: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
     overlap: bool = False,  # noqa: ARG001
 ) -> Tensor:
-    """`reference.linear_4bit` on the weight put back in rows."""
+    """`reference.linear_4bit` on the weight put back in rows, in float32 up to the end of the tail."""
     packed, absmax = _rows(tiled, absmax, (out_features, x.shape[-1]), blocksize)
-    return reference.linear_4bit(
-        x, packed, absmax, bias, out_features, quant_type, blocksize, nested_absmax, nested_code, nested_offset
-    )
+    plain = residual is None and activation is None
+    y = reference.linear_4bit(
+        x if plain else x.float(),
+        packed, absmax, bias, out_features, quant_type, blocksize, nested_absmax, nested_code, nested_offset,
+    )  # fmt: skip
+    return y if plain else tail.apply_tail(y, residual, activation, gated, x.dtype)
+
+
+def fake_linear_4bit_tiled(
+    x: Tensor,
+    tiled: Tensor,  # noqa: ARG001
+    absmax: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    out_features: int,
+    *options: Any,
+    gated: bool = False,
+    **more: Any,  # noqa: ARG001
+) -> Tensor:
+    """Shape and dtype of the result."""
+    gated = bool(options[7]) if len(options) > 7 else gated
+    return x.new_empty(*x.shape[:-1], tail.out_features(out_features, gated))
 
 
 def _rows(tiled: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
@@ -103,16 +128,19 @@ def _rows(tiled: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int)
 
 _linear_4bit_tiled = bind(
     f"{OP}(Tensor x, Tensor tiled, Tensor absmax, Tensor? bias, SymInt out_features, str quant_type, int blocksize,"
-    f" {NESTED}, bool overlap=False) -> Tensor",
+    f" {NESTED}, Tensor? residual=None, str? activation=None, bool gated=False, bool overlap=False) -> Tensor",
     check=check_linear_4bit_tiled,
-    fake=fake_linear_4bit,
+    fake=fake_linear_4bit_tiled,
     plain=reference_linear_4bit_tiled,
     cuda="onegpu.kernels.matmul_4bit_tiled",
 )
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001, passed by name
-    x, tiled, absmax, bias, out_features, quant_type, blocksize, *nested, _ = inputs
+    x, tiled, absmax, bias, out_features, quant_type, blocksize, *nested, residual, activation, _, _ = inputs
+    # The tail of a product that needs gradients is computed after it, see `linear_4bit_tiled`.
+    assert residual is None
+    assert activation is None
     ctx.save_for_backward(tiled, absmax, *nested)
     ctx.shape = (out_features, x.shape[-1])
     ctx.quant_type, ctx.blocksize = quant_type, blocksize
@@ -129,7 +157,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad @ weight
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, None, None, None, None, None, None
+    return grad_x, None, None, grad_bias, *(None,) * 10
 
 
 torch.library.register_autograd(f"onegpu::{OP}", backward, setup_context=setup, lib=LIBRARY)
@@ -146,11 +174,15 @@ def linear_4bit_tiled(
     nested_absmax: Tensor | None = None,
     nested_code: Tensor | None = None,
     nested_offset: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
     overlap: bool = False,
 ) -> Tensor:
-    """x @ W.T + bias for a 4-bit weight W of shape [N, K] in tile order: made for up to 32 rows of x.
+    """x @ W.T + bias and what follows it, for a 4-bit weight W of shape [N, K] in tile order.
 
-    Never less accurate than dequantizing W to the dtype of x and multiplying. Differentiable in x and bias.
+    Made for up to 64 rows of x. Never less accurate than dequantizing W to the dtype of x and multiplying.
+    Differentiable in x, bias and residual.
 
     Args:
         x: [..., K], bfloat16, float16 or float32; any number of rows, also none. K is a multiple of 64.
@@ -160,26 +192,22 @@ def linear_4bit_tiled(
         out_features: N.
         blocksize: divides K.
         nested_absmax, nested_code, nested_offset: as `linear_4bit` takes them; only absmax is in tile order.
+        residual: added at the end, of the result's shape and dtype.
+        activation, gated: as `onegpu.kernels.tail` says; gated rows of W are all gates, then all they multiply.
         overlap: the kernel may fetch weights while the one before it on the stream still runs. Only where neither
             that one nor the one before it wrote the weight. Without effect below compute capability 9.0.
 
     Returns:
-        [..., N] in the dtype of x.
+        [..., N], or [..., N / 2] if gated, in the dtype of x.
 
     Raises:
         ArgumentError, ConfigError, DeviceError: as `linear_4bit`; also for a shape that cannot be tiled.
     """
-    y: Tensor = _linear_4bit_tiled(
-        x,
-        tiled,
-        absmax,
-        bias,
-        out_features,
-        quant_type,
-        blocksize,
-        nested_absmax,
-        nested_code,
-        nested_offset,
-        overlap,
-    )
+    has_tail = residual is not None or activation is not None
+    weight = (tiled, absmax, bias, out_features, quant_type, blocksize, nested_absmax, nested_code, nested_offset)
+    if has_tail and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual)):
+        tail.check_tail(OP, x, out_features, residual, activation, gated)
+        t = _linear_4bit_tiled(x, *weight, None, None, False, overlap)
+        return tail.apply_tail(t.float(), residual, activation, gated, x.dtype)
+    y: Tensor = _linear_4bit_tiled(x, *weight, residual, activation, gated, overlap)
     return y

@@ -1,0 +1,91 @@
+"""How the small-M 4-bit kernel is cut to a shape: a table measured on a GPU, no tuning at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["ALONE", "MAX_ROWS", "OVERLAPPED", "Config", "configure"]
+
+MAX_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one program works, and how many there are."""
+
+    warps: int
+    warps_n: int  # side by side along rows of W; the rest split K
+    tiles: int  # of 16 rows, of one warp
+    unroll: int  # tiles of 64 columns at a time
+    ahead: bool = True  # load x a step ahead too, which takes 8 registers for each tile along K and eight rows of x
+    per_sm: int = 0  # programs for each processor at most; 0 for one program per row group
+    even: bool = False  # fewer programs, so that all have the same number of row groups
+
+    def grid(self, N: int, processors: int) -> int:
+        """Programs for N rows of W."""
+        groups = ceil_div(N, 16 * self.tiles * self.warps_n)
+        limit = groups if self.per_sm == 0 else min(groups, self.per_sm * processors)
+        return ceil_div(groups, ceil_div(groups, limit)) if self.even else limit
+
+    def is_even_k(self, K: int) -> bool:
+        """Whether steps divide K, so that no load needs a guard."""
+        return (K // 64) % (self.warps // self.warps_n * self.unroll) == 0
+
+    def fitted(self, K: int) -> Config:
+        """The nearest configuration whose steps divide K; this one if none does."""
+        warps = self.warps
+        while warps >= max(4, self.warps_n):
+            unroll = self.unroll
+            while unroll:
+                candidate = replace(self, warps=warps, unroll=unroll)
+                if candidate.is_even_k(K):
+                    return candidate
+                unroll //= 2
+            warps //= 2
+        return self
+
+
+# By rows of x (1, up to 8, 16, 32, 64) and shape of W: `deep` from K = 8192 on, else `wide` from N = 16384 on, else
+# `small`. On an H100 (132 processors, Triton 3.6): for one row 4 warps x 4 tiles along K keep most bytes in flight;
+# deep weights have few rows, so 16 warps split K (within 64 registers, so that two such programs share a processor);
+# more rows of x need registers, so tiles get fewer.
+ALONE = {
+    (1, "small"): Config(4, 1, 1, 4),
+    (1, "wide"): Config(4, 1, 1, 4, per_sm=4),
+    (1, "deep"): Config(16, 1, 1, 2),
+    (8, "small"): Config(4, 1, 1, 4),
+    (8, "wide"): Config(4, 1, 1, 4, per_sm=4),
+    (8, "deep"): Config(4, 1, 1, 4),
+    (16, "small"): Config(4, 1, 1, 2),
+    (16, "wide"): Config(4, 2, 2, 1),
+    (16, "deep"): Config(4, 1, 1, 2),
+    (32, "small"): Config(8, 1, 2, 1),
+    (32, "wide"): Config(4, 4, 2, 1),
+    (32, "deep"): Config(8, 1, 2, 1),
+    (64, "small"): Config(4, 1, 1, 1, ahead=False),
+    (64, "wide"): Config(4, 4, 1, 1, ahead=False),
+    (64, "deep"): Config(4, 1, 1, 1, ahead=False),
+}
+# With OVERLAP two kernels share a processor for a while, so other choices win in a chain of a decoder's products.
+OVERLAPPED = ALONE | {
+    (1, "narrow"): Config(16, 1, 1, 2),
+    (1, "small"): Config(8, 1, 1, 2),
+    (1, "wide"): Config(4, 1, 2, 2, per_sm=4, even=True),
+    (1, "deep"): Config(16, 1, 2, 2),
+}
+
+
+def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False) -> Config:
+    """The configuration for M <= `MAX_ROWS` rows of x and a weight [N, K]; `gated` needs an even number of tiles."""
+    rows = next(limit for limit in (1, 8, 16, 32, 64) if limit >= M)
+    shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "small"
+    if overlap and rows == 1 and shape == "small" and N <= 4096:
+        shape = "narrow"
+    config = (OVERLAPPED if overlap else ALONE)[rows, shape]
+    if gated and config.tiles % 2:
+        config = replace(config, tiles=2 * config.tiles, unroll=max(1, config.unroll // 2))
+    return config.fitted(K)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
