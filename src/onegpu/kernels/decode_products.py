@@ -182,7 +182,7 @@ _rms_norm = bind(
     check=check_rms_norm,
     fake=lambda x, *_: x.new_empty(x.shape),
     plain=reference_rms_norm,
-    cuda="onegpu.kernels.rms_norm",
+    cuda="onegpu.kernels.rms",
 )
 
 
