@@ -30,27 +30,29 @@ class Contender:
     system: str  # "transformers", "onegpu" or "bitsandbytes"
     config: QuantConfig | None = None
 
-    def load(self, name: str, **kwargs: Any) -> Any:
-        """Load the causal language model `name`; `kwargs` go to `from_pretrained` (revision, device_map, ...).
+    def load(self, name: str, auto: str = "AutoModelForCausalLM", **kwargs: Any) -> Any:
+        """Load the model `name` through the Auto class `auto`; `kwargs` go to `from_pretrained` (device_map, ...).
 
         Raises:
             UnsupportedError: bitsandbytes is asked for and not installed.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
+        from transformers import AutoConfig
 
         from onegpu.loading.auto import auto_class
         from onegpu.loading.pretrained import model_dtype
 
+        plain = getattr(transformers, auto)
         if self.label == "fp32":
-            return AutoModelForCausalLM.from_pretrained(name, dtype="float32", **kwargs).eval()
+            return plain.from_pretrained(name, dtype="float32", **kwargs).eval()
         where = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
         dtype = model_dtype(AutoConfig.from_pretrained(name, **where), {})
         if self.system == "onegpu":
-            ours = auto_class("AutoModelForCausalLM")
+            ours = auto_class(auto)
             return ours.from_pretrained(name, quantization_config=self.config, dtype=dtype, **kwargs)
         if self.system == RIVAL:
             kwargs["quantization_config"] = rival_config(self.config, dtype)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs).eval()
+        return plain.from_pretrained(name, dtype=dtype, **kwargs).eval()
 
 
 def rival_config(config: QuantConfig | None, dtype: Any) -> Any:

@@ -13,7 +13,7 @@ paragraphs are joined to one line each, verse keeps its lines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -69,8 +69,18 @@ def windows(length: int, window: int, stride: int) -> Iterator[Window]:
         yield Window(max(0, end - window), end, scored)
 
 
-def evaluate(model: Any, token_ids: torch.Tensor, *, reference: Any = None, window: int, stride: int) -> Quality:
+def evaluate(
+    model: Any,
+    token_ids: torch.Tensor,
+    *,
+    reference: Any = None,
+    window: int,
+    stride: int,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Quality:
     """Score int64 [S] tokens. `reference` is the 16-bit model, on the same device, or None for perplexity alone.
+
+    `progress` is called with the number of tokens scored after each window.
 
     Raises:
         ConfigError: see `windows`.
@@ -84,6 +94,7 @@ def evaluate(model: Any, token_ids: torch.Tensor, *, reference: Any = None, wind
         expected = None if reference is None else predict(reference, ids, part.scored)
         total += distances(log_probs, targets, expected)
         tokens += part.scored
+        progress(part.scored)
     mean = (total / tokens).tolist()
     return Quality(
         weight_bytes=weight_bytes(model),

@@ -8,8 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["print_document", "quiet_libraries", "say", "say_error", "spare_progress_bars"]
+__all__ = ["print_document", "progress_bar", "quiet_libraries", "say", "say_error", "spare_progress_bars"]
 
 
 def say(text: str) -> None:
@@ -35,6 +36,13 @@ def print_document(document: Mapping[str, object]) -> None:
     """Print one JSON document to stdout."""
     sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def progress_bar(total: int, unit: str) -> Any:
+    """A bar on stderr, shown at a terminal only; a context manager with `update(n)` and `set_description(text)`."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, unit=f" {unit}", disable=not sys.stderr.isatty(), leave=False, file=sys.stderr)
 
 
 def spare_progress_bars() -> None:
