@@ -201,7 +201,7 @@ def test_configurations_fit() -> None:
     from onegpu.kernels import gemv_rows
 
     for (weight_bytes, bucket, _), config in gemv_rows.CONFIGS.items():
-        for K, shared in itertools.product((1, 33, 4096), (gemv_rows.SHARED_BYTES, gemv_rows.AMD_SHARED_BYTES)):
+        for K, shared in itertools.product((1, 33, 4096), (gemv_rows.SHARED_BYTES, 231424)):
             fitted = config.fitted(bucket, K, weight_bytes, shared)
             step = fitted.block_k * (fitted.block_n * weight_bytes + max(bucket, 8) * 2)
             assert fitted.stages * step <= shared

@@ -291,9 +291,8 @@ CONFIGS: Final[dict[tuple[int, int, str], Config]] = {
     (1, 64, "wide"): Config(64, 128, 4, 4),
     (1, 64, "deep"): Config(64, 128, 4, 4),
 }
-# Bytes of shared memory that consumer cards, and AMD's, have for one program.
-SHARED_BYTES = 98304
-AMD_SHARED_BYTES = 65536
+# Bytes of shared memory that every card has for one program, AMD's being the least.
+SHARED_BYTES = 65536
 
 
 def bucket_of(M: int) -> int:
@@ -348,8 +347,12 @@ def constants(
 
 
 @functools.cache
-def shared_bytes() -> int:
-    return SHARED_BYTES if torch.version.hip is None else AMD_SHARED_BYTES
+def shared_bytes(device: torch.device) -> int:
+    """What one program may have of a device's shared memory; a little is left for sums over warps."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES + 1024)) - 1024
 
 
 def multiply(
@@ -380,7 +383,7 @@ def multiply(
     M, K = rows.shape
     N_OUT = y.shape[1]
     config = configure(M, weight.shape[0], K, weight.element_size()) if config is None else config
-    config = config.fitted(min(M, MAX_ROWS), K, weight.element_size(), shared_bytes())
+    config = config.fitted(min(M, MAX_ROWS), K, weight.element_size(), shared_bytes(rows.device))
     settings = constants(
         config,
         min(M, MAX_ROWS),
