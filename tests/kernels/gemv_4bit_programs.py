@@ -126,7 +126,7 @@ def compile_all(architectures: list[str]) -> None:
             if shape in seen:
                 continue
             seen.add(shape)
-            for nested in (False, True)[: 2 if arch == "90" else 1]:
+            for nested in (False, True)[: 2 if arch == "90" and config.tiles <= 2 else 1]:
                 result = {"arch": arch, "rows": name[0], "nested": nested, "case": f"{kind} {name} {nested=}"}
                 try:
                     result |= measure(tuple(name), config, int(arch), nested)
@@ -233,8 +233,6 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
         {"gated": True, "activation": "silu", "residual": True, "bias": "bf16"},
     ),
     "activation alone": (Config(4, 1, 1, 2), 3, 50, 512, "bf16", {"activation": "silu", "residual": True}),
-    "64 rows": (Config(4, 4, 2, 1, ahead=False), 64, 130, 128, "bf16", {"residual": True}),
-    "50 rows": (Config(8, 1, 1, 1, ahead=False), 50, 40, 512, "bf16", {}),
     "x not ahead": (Config(4, 1, 1, 2, ahead=False), 7, 30, 512, "bf16", {"nested": True}),
     "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "nested": True, "grid": 2}),
 }
@@ -248,7 +246,7 @@ def run_all() -> None:
         except (PtxError, AssertionError) as error:
             result["failure"] = f"{type(error).__name__}: {error}"
         emit(result)
-    for M in (*range(1, 33, 2), 40, 64):
+    for M in range(1, 33, 2):
         config = configure(M, 40, 512, overlap=False)
         emit({"case": f"M={M}"} | run_case(config, M, 40, 512, "bf16"))
 

@@ -48,10 +48,6 @@ CANDIDATES: Final = {
         (8, 1, 1, 1, True), (4, 1, 1, 1, True), (4, 2, 2, 1, True), (4, 2, 4, 1, False), (8, 2, 2, 1, True),
         (8, 4, 2, 1, True), (4, 1, 2, 1, True),
     ],
-    64: [
-        (4, 1, 1, 1, False), (4, 4, 1, 1, False), (8, 1, 1, 1, False), (4, 2, 1, 1, False), (8, 4, 1, 1, False),
-        (8, 2, 1, 1, False), (4, 4, 2, 1, False),
-    ],
 }  # fmt: skip
 LIMIT = 0.01  # relative error that a right configuration stays far below
 PROGRAMS = (0, 2, 3, 4, 6)  # per processor; 0 for as many as there are row groups

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment"
-"""y = tail(x @ W.T) for a tiled 4-bit W and up to 64 rows of x: one kernel, bound by reading W.
+"""y = tail(x @ W.T) for a tiled 4-bit W and up to 32 rows of x: one kernel, bound by reading W.
 
     t[m, n] = (sum over blocks b of absmax[n, b] * sum over k in b of table[code[n, k]] * x[m, k]) / c + bias[n]
     y = round(tail(t))                                    the activation and residual of `onegpu.kernels.tail`
@@ -568,13 +568,13 @@ def constants(
         "ACTIVATION": activation,
         "GATED": gated,
         "ONE_ROW": M == 1,
-        "COLUMNS": next(columns for columns in (1, 2, 4, 8) if 8 * columns >= M),
+        "COLUMNS": next(columns for columns in (1, 2, 4) if 8 * columns >= M),
         "WARPS": config.warps,
         "WARPS_N": config.warps_n,
         "TILES": config.tiles,
         "UNROLL": config.unroll,
         "EVEN_K": config.is_even_k(K),
-        "AHEAD": config.ahead,
+        "AHEAD": config.ahead and not (nested and config.warps == 16),  # else registers run out
         "OVERLAP": overlap and capability >= OVERLAP_CAPABILITY,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
         "num_warps": config.warps,
@@ -612,7 +612,7 @@ def gemv_4bit(
     """
     M, K = rows.shape
     N = 2 * y.shape[1] if gated else y.shape[1]
-    config = configure(M, N, K, overlap, gated) if config is None else config
+    config = configure(M, N, K, overlap, gated, nested is not None) if config is None else config
     device = rows.device
     scales = nested_arguments(absmax, *(nested or (None, None, None)))
     settings = constants(

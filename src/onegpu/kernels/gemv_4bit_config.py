@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 __all__ = ["ALONE", "MAX_ROWS", "OVERLAPPED", "Config", "configure"]
 
-MAX_ROWS = 64
+MAX_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,45 +45,47 @@ class Config:
         return self
 
 
-# By rows of x (1, up to 8, 16, 32, 64) and shape of W: `deep` from K = 8192 on, else `wide` from N = 16384 on, else
-# `small`. On an H100 (132 processors, Triton 3.6): for one row 4 warps x 4 tiles along K keep most bytes in flight;
-# deep weights have few rows, so 16 warps split K (within 64 registers, so that two such programs share a processor);
-# more rows of x need registers, so tiles get fewer.
+# By rows of x (1, up to 8, 16, 32) and shape of W: `wide` from N = 16384 on, else `deep` from K = 8192 on, else
+# `narrow` up to N = 4096, else `small`. Measured on an H100 (132 processors, Triton 3.6) with `onegpu bench kernels
+# --tune`: what counts is bytes in flight, so programs are small and tiles lie along K; deep weights have few rows, so
+# 16 warps split K; many rows of x pay for themselves when two to four tiles of W use them.
 ALONE = {
-    (1, "small"): Config(4, 1, 1, 4),
-    (1, "wide"): Config(4, 1, 1, 4, per_sm=4),
-    (1, "deep"): Config(16, 1, 1, 2),
-    (8, "small"): Config(4, 1, 1, 4),
-    (8, "wide"): Config(4, 1, 1, 4, per_sm=4),
-    (8, "deep"): Config(4, 1, 1, 4),
-    (16, "small"): Config(4, 1, 1, 2),
-    (16, "wide"): Config(4, 2, 2, 1),
-    (16, "deep"): Config(4, 1, 1, 2),
-    (32, "small"): Config(8, 1, 2, 1),
-    (32, "wide"): Config(4, 4, 2, 1),
+    (1, "narrow"): Config(8, 1, 1, 2, ahead=False),
+    (1, "small"): Config(8, 1, 1, 2, ahead=False),
+    (1, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True),
+    (1, "deep"): Config(16, 1, 1, 2, ahead=False),
+    (8, "narrow"): Config(4, 1, 1, 4, ahead=False),
+    (8, "small"): Config(4, 1, 1, 4, ahead=False),
+    (8, "wide"): Config(4, 2, 2, 2),
+    (8, "deep"): Config(4, 1, 1, 4, ahead=False),
+    (16, "narrow"): Config(4, 1, 1, 2, ahead=False),
+    (16, "small"): Config(4, 1, 1, 2, ahead=False),
+    (16, "wide"): Config(4, 1, 2, 1, per_sm=4, even=True),
+    (16, "deep"): Config(8, 1, 1, 2),
+    (32, "narrow"): Config(8, 1, 2, 1),
+    (32, "small"): Config(4, 1, 1, 1),
+    (32, "wide"): Config(4, 2, 4, 1, ahead=False),
     (32, "deep"): Config(8, 1, 2, 1),
-    (64, "small"): Config(4, 1, 1, 1, ahead=False),
-    (64, "wide"): Config(4, 4, 1, 1, ahead=False),
-    (64, "deep"): Config(4, 1, 1, 1, ahead=False),
 }
 # With OVERLAP two kernels share a processor for a while, so other choices win in a chain of a decoder's products.
 OVERLAPPED = ALONE | {
     (1, "narrow"): Config(16, 1, 1, 2),
-    (1, "small"): Config(8, 1, 1, 2),
-    (1, "wide"): Config(4, 1, 2, 2, per_sm=4, even=True),
     (1, "deep"): Config(16, 1, 2, 2),
 }
 
 
-def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False) -> Config:
-    """The configuration for M <= `MAX_ROWS` rows of x and a weight [N, K]; `gated` needs an even number of tiles."""
-    rows = next(limit for limit in (1, 8, 16, 32, 64) if limit >= M)
-    shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "small"
-    if overlap and rows == 1 and shape == "small" and N <= 4096:
-        shape = "narrow"
+def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False, nested: bool = False) -> Config:
+    """The configuration for M <= `MAX_ROWS` rows of x and a weight [N, K].
+
+    `gated` needs an even number of tiles; with `nested` scales four tiles would not fit in registers.
+    """
+    rows = next(limit for limit in (1, 8, 16, 32) if limit >= M)
+    shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "narrow" if N <= 4096 else "small"
     config = (OVERLAPPED if overlap else ALONE)[rows, shape]
     if gated and config.tiles % 2:
         config = replace(config, tiles=2 * config.tiles, unroll=max(1, config.unroll // 2))
+    if nested and config.tiles > 2:
+        config = replace(config, tiles=2)
     return config.fitted(K)
 
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """y = tail(x @ W.T + bias) for a tiled 4-bit W: two ways, by the number of rows of x.
 
-up to SPLIT_ROWS   `gemv_4bit`, which reads W once for every 64 rows
+up to SPLIT_ROWS   `gemv_4bit`, which reads W once for every 32 rows
 more               rows of W dequantized to scratch memory, then the vendor's library; also where `gemv_4bit` cannot
                    run (float32 x, AMD GPUs)
 """

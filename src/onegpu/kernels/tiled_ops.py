@@ -181,7 +181,7 @@ def linear_4bit_tiled(
 ) -> Tensor:
     """x @ W.T + bias and what follows it, for a 4-bit weight W of shape [N, K] in tile order.
 
-    Made for up to 64 rows of x. Never less accurate than dequantizing W to the dtype of x and multiplying.
+    Made for up to 32 rows of x. Never less accurate than dequantizing W to the dtype of x and multiplying.
     Differentiable in x, bias and residual.
 
     Args:
