@@ -234,7 +234,7 @@ _decode_attention = bind(
     fake=lambda q, _, v_cache, *__: q.new_empty((*q.shape[:2], v_cache.shape[3])),
     plain=reference.decode_attention,
     cpu=reference.decode_attention_on_cpu,
-    cuda="onegpu.kernels.split_attention",
+    cuda="onegpu.kernels.split_launch",
     capability=DECODE_CAPABILITY,
 )
 _rotary_decode_attention = bind(
@@ -247,7 +247,7 @@ _rotary_decode_attention = bind(
         (qkv.shape[0], num_heads * k_cache.shape[3])
     ),
     plain=reference.rotary_decode_attention,
-    cuda="onegpu.kernels.split_attention",
+    cuda="onegpu.kernels.split_launch",
     capability=DECODE_CAPABILITY,
 )
 

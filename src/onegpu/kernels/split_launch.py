@@ -1,0 +1,294 @@
+# mypy: allow-untyped-calls
+"""Launching `split_attention`: tile sizes, how many units share the keys, and the memory they meet in.
+
+All of it is chosen from shapes and the device, never from lengths, so a launch can be captured and replayed.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+
+from onegpu.kernels.kv_rows import require_kv_dtype
+from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
+from onegpu.kernels.split_attention import split_attention_kernel
+
+__all__ = ["Config", "Tickets", "configure", "constants", "decode_attention", "num_units", "rotary_decode_attention"]
+
+OVERLAP_CAPABILITY: Final = (9, 0)
+# The interpreter has no processors; a few units make sequences come in parts.
+INTERPRETER_PROCESSORS: Final = 4
+NUM_TICKETS: Final = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one program works, and how many there are."""
+
+    block_n: int  # keys at a time
+    warps: int
+    stages: int
+    min_keys: int  # of a part: fewer are not worth a part of their own
+    per_sm: int  # programs for each processor
+
+
+def configure(G: int, D: int, DV: int, cache_bytes: int, sum_bytes: int) -> Config:
+    """The configuration for G query heads on a key head; `cache_bytes` and `sum_bytes` of one element of cache and q.
+
+    Keys and values of a tile, twice or three times, are what fills shared memory: 16 KiB of each a tile at D = 128.
+    """
+    block_d = max(16, triton.next_power_of_2(max(D, DV)))
+    block_n = max(16, min(64, 16384 // (block_d * max(cache_bytes, sum_bytes))))
+    crowded = block_m(G, D, DV) > 32 or block_d * sum_bytes > 512
+    return Config(block_n, 8 if crowded else 4, 2, 64, 2)
+
+
+def block_m(G: int, D: int, DV: int) -> int:
+    """Query heads of a tile: the group, unless sums for all of it would not fit in registers."""
+    return min(max(16, triton.next_power_of_2(G)), 64 if max(D, DV) <= 128 else 32)
+
+
+def num_units(config: Config, B: int, heads: int, reachable: int, processors: int) -> int:
+    """Second size of the grid: enough to fill the device, two for each sequence so that long ones get more."""
+    wanted = max(2 * B, config.per_sm * processors // heads)
+    return max(B, min(wanted, B * triton.cdiv(reachable, config.min_keys)))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Tickets:
+    """Counters that are 0 whenever no kernel uses them, handed out in turn.
+
+    A captured launch keeps the ones it was given. Two launches meet in the same ones only if `NUM_TICKETS` others were
+    handed out between them, and then only if they run at the same time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counters = torch.zeros(NUM_TICKETS, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            # Once: other streams will count in them too.
+            torch.cuda.current_stream(device).synchronize()
+        self.next = 0
+        self.lock = threading.Lock()
+
+    def take(self, count: int) -> Tensor:
+        with self.lock:
+            first = self.next if self.next + count <= NUM_TICKETS else 0
+            # Whole cache lines, so that launches side by side do not share one.
+            self.next = first + -(-count // 32) * 32
+        return self.counters[first : first + count]
+
+
+@functools.cache
+def tickets_of(device: torch.device) -> Tickets:
+    return Tickets(device)
+
+
+def tickets(count: int, device: torch.device) -> Tensor:
+    """`count` counters at 0."""
+    if count > NUM_TICKETS or (is_capturing(device) and not tickets_of.cache_info().currsize):
+        # Within a capture the lasting ones can't be made; these are put to 0 again by every replay.
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return tickets_of(device).take(count)
+
+
+def is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def constants(
+    config: Config, B: int, Hkv: int, G: int, D: int, DV: int, units: int, *, sixteen_bit: bool, **flags: Any
+) -> dict[str, Any]:
+    """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
+    rows = block_m(G, D, DV)
+    block_dv = max(16, triton.next_power_of_2(DV))
+    block_g = triton.next_power_of_2(min(G, rows))
+    return {
+        "HKV": Hkv,
+        "G": G,
+        "D": D,
+        "DV": DV,
+        "BLOCK_B": triton.next_power_of_2(B),
+        "BLOCK_M": rows,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_DV": block_dv,
+        "BLOCK_G": block_g,
+        # 64 registers of each thread hold a chunk of parts.
+        "CHUNK": max(1, min(triton.next_power_of_2(units), 64 * 32 * config.warps // (block_g * block_dv))),
+        "MIN_KEYS": config.min_keys,
+        "STAGES": config.stages,
+        "PRECISION": "tf32" if sixteen_bit else "tf32x3",
+        "num_warps": config.warps,
+        "launch_pdl": flags["OVERLAP"],
+        **flags,
+    }
+
+
+def can_overlap(overlap: bool, device: torch.device) -> bool:
+    return overlap and device.type == "cuda" and torch.version.hip is None and capability(device) >= OVERLAP_CAPABILITY
+
+
+def launch(
+    q: Tensor,
+    q_strides: tuple[int, int],
+    B: int,
+    Hq: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    *,
+    overlap: bool,
+    config: Config | None,
+    units: int | None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    rotary: bool = False,
+    interleaved: bool = False,
+) -> Tensor:
+    require_kv_dtype(k_cache)
+    device = q.device
+    _, Hkv, capacity, D = k_cache.shape
+    DV = v_cache.shape[3]
+    out = torch.empty((B, Hq, DV), dtype=q.dtype, device=device)
+    if B == 0:
+        return out
+    G = Hq // Hkv
+    if config is None:
+        config = configure(G, D, DV, k_cache.element_size(), q.element_size())
+    heads = Hkv * triton.cdiv(G, block_m(G, D, DV))
+    if units is None:
+        reachable = capacity if window is None else min(capacity, window)
+        units = num_units(config, B, heads, reachable, processors(device))
+    rows = min(G, block_m(G, D, DV))
+    parts = units * heads * rows
+    partial = torch.empty(parts * (DV + 2), dtype=torch.float32, device=device)
+    quantized = k_scale is not None and v_scale is not None
+    scales = (k_scale, v_scale) if k_scale is not None and v_scale is not None else (partial, partial)
+    R = 0 if cos is None else cos.shape[1]
+    settings = constants(
+        config, B, Hkv, G, D, DV, units,
+        sixteen_bit=q.element_size() == 2, R=R, ROTARY=rotary, INTERLEAVED=interleaved,
+        HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None, HAS_OFFSET=offset != 0,
+        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
+        QUANTIZED=quantized, OVERLAP=can_overlap(overlap, device),
+    )  # fmt: skip
+    with on_device_of(q):
+        split_attention_kernel[(heads, units)](
+            q,
+            k_cache,
+            v_cache,
+            *scales,
+            positions,
+            q if sinks is None else sinks.contiguous(),
+            q if cos is None else cos,
+            q if sin is None else sin,
+            q if q_norm is None else q_norm.contiguous(),
+            q if k_norm is None else k_norm.contiguous(),
+            out,
+            partial,
+            partial[parts * DV :],
+            tickets(B * heads, device),
+            *q_strides,
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            *(scales[0].stride() if quantized else (0, 0, 0)),
+            *(scales[1].stride() if quantized else (0, 0, 0)),
+            0 if cos is None else cos.stride(0),
+            0 if sin is None else sin.stride(0),
+            B,
+            units,
+            capacity,
+            0 if window is None else window,
+            scale,
+            1.0 if softcap is None else softcap,
+            eps,
+            offset,
+            **settings,
+            **NO_CONTRACTION,
+        )
+    return out
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    overlap: bool = False,
+    *,
+    config: Config | None = None,
+    units: int | None = None,
+) -> Tensor:
+    """Launch the kernel; arguments as `onegpu.kernels.decode_ops.decode_attention`.
+
+    `config` and `units` stand in for the choice of `configure` and `num_units`.
+    """
+    q = q if q.stride(2) == 1 else q.contiguous()
+    return launch(
+        q, q.stride()[:2], q.shape[0], q.shape[1], k_cache, v_cache, positions, scale, window, softcap, sinks,
+        k_scale, v_scale, overlap=overlap, config=config, units=units,
+    )  # fmt: skip
+
+
+def rotary_decode_attention(
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    overlap: bool = False,
+    *,
+    config: Config | None = None,
+    units: int | None = None,
+) -> Tensor:
+    """Launch the kernel; arguments as `onegpu.kernels.decode_ops.rotary_decode_attention`."""
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+    if cos is not None and sin is not None:
+        cos, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
+    out = launch(
+        qkv, (qkv.stride(0), 0), qkv.shape[0], num_heads, k_cache, v_cache, positions, scale, window, softcap, sinks,
+        k_scale, v_scale, overlap=overlap, config=config, units=units, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm,
+        eps=norm_eps, offset=norm_offset, rotary=True, interleaved=interleaved,
+    )  # fmt: skip
+    return out.flatten(1)
