@@ -1,0 +1,8 @@
+"""The fused way through a decode step: recognised structures as about seven kernels a layer, proved before use."""
+
+from onegpu.decoder.fused.plan import FusedPlan
+from onegpu.decoder.fused.prove import prove
+from onegpu.decoder.fused.recognise import recognise
+from onegpu.decoder.fused.step import FusedStep
+
+__all__ = ["FusedPlan", "FusedStep", "prove", "recognise"]
