@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def surface() -> dict[str, Any]:
         "mixins": {base: dict(vars(base)) for base in PreTrainedModel.__mro__[1:-1]},
         "quantizers": dict(AUTO_QUANTIZER_MAPPING),
         "configs": dict(AUTO_QUANTIZATION_CONFIG_MAPPING),
+        "attention": dict(vars(torch.backends.cuda)),
         "module": {name: value for name, value in vars(transformers).items() if name.startswith("AutoModel")},
     }
 
@@ -132,3 +134,35 @@ def test_errors_have_our_words(folder: Path) -> None:
 def test_optimize_takes_models_only() -> None:
     with pytest.raises(UnsupportedError, match=r"expected a Transformers model .* got Linear"):
         onegpu.optimize(torch.nn.Linear(2, 2))
+
+
+def test_sdp_kernel_under_its_old_name() -> None:
+    def allowed() -> bool:
+        return torch.backends.cuda.math_sdp_enabled()
+
+    original = torch.backends.cuda.sdp_kernel
+    onegpu.install()
+    try:
+        q = torch.randn(1, 2, 4, 8)
+        # No word of deprecation: warnings are errors here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with torch.backends.cuda.sdp_kernel(enable_flash=True, enable_math=False, enable_mem_efficient=False):
+                assert not allowed()
+        assert allowed()
+        with (
+            pytest.raises(UnsupportedError, match="has no dropout on a CPU"),
+            torch.backends.cuda.sdp_kernel(enable_math=False),
+        ):
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    finally:
+        onegpu.uninstall()
+    assert torch.backends.cuda.sdp_kernel is original
+
+
+def test_sdp_kernel_where_torch_has_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.backends.cuda, "sdp_kernel")
+    onegpu.install()
+    assert torch.backends.cuda.sdp_kernel is onegpu.sdp_kernel
+    onegpu.uninstall()
+    assert not hasattr(torch.backends.cuda, "sdp_kernel")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from onegpu.config import AUTO_CLASSES
 
 if TYPE_CHECKING:
+    from onegpu.attention.sdp_kernel import sdp_kernel
     from onegpu.compat import install, uninstall
     from onegpu.config import QuantConfig
     from onegpu.diagnosis import explain_sdpa
@@ -34,6 +35,7 @@ _HOMES = {
     "optimize": "onegpu.fastpath",
     "report": "onegpu.reporting",
     "restore": "onegpu.fastpath",
+    "sdp_kernel": "onegpu.attention.sdp_kernel",
     "uninstall": "onegpu.compat",
 }
 

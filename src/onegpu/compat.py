@@ -3,6 +3,7 @@
     from_pretrained(..., load_in_4bit=True)   load_in_8bit=True, BitsAndBytesConfig: our formats and kernels
     model.to_bettertransformer()              onegpu.optimize(model)
     model.reverse_bettertransformer()         onegpu.restore(model)
+    torch.backends.cuda.sdp_kernel(...)       onegpu.sdp_kernel(...)
 
 `uninstall()` puts back what was there, object for object.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch.backends import cuda as torch_cuda
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from onegpu.attention.sdp_kernel import sdp_kernel
 from onegpu.config import QuantConfig
 from onegpu.fastpath import optimize, restore
 from onegpu.loading import OneGpuQuantizer, load
@@ -24,15 +27,17 @@ __all__ = ["install", "uninstall"]
 
 FLAGS = ("load_in_4bit", "load_in_8bit")
 BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
+SDP_KERNEL = "sdp_kernel"
 METHODS = {"to_bettertransformer": optimize, "reverse_bettertransformer": restore}
 
 
 class InstalledLoading(classmethod):  # type: ignore[type-arg]
     """`PreTrainedModel.from_pretrained` while installed; carries what it replaced, so that nothing else must."""
 
-    def __init__(self, original: Any, quantizers: dict[str, Any]) -> None:
+    def __init__(self, original: Any, quantizers: dict[str, Any], sdp_kernel: Any) -> None:
         self.original = original
         self.quantizers = quantizers
+        self.sdp_kernel = sdp_kernel
         super().__init__(lambda cls, *args, **kwargs: from_pretrained(original, cls, *args, **kwargs))
 
 
@@ -42,9 +47,14 @@ def install() -> None:
         return
     quantizers = {name: AUTO_QUANTIZER_MAPPING.get(name) for name in BITSANDBYTES}
     AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(BITSANDBYTES, OneGpuQuantizer))
-    PreTrainedModel.from_pretrained = InstalledLoading(PreTrainedModel.__dict__["from_pretrained"], quantizers)
+    loading = InstalledLoading(
+        PreTrainedModel.__dict__["from_pretrained"], quantizers, vars(torch_cuda).get(SDP_KERNEL)
+    )
+    PreTrainedModel.from_pretrained = loading
     for name, function in METHODS.items():
         setattr(PreTrainedModel, name, function)
+    # Torch has deprecated its own; a later one may have none.
+    setattr(torch_cuda, SDP_KERNEL, sdp_kernel)
 
 
 def uninstall() -> None:
@@ -60,6 +70,10 @@ def uninstall() -> None:
             AUTO_QUANTIZER_MAPPING[name] = quantizer
     for name in METHODS:
         delattr(PreTrainedModel, name)
+    if loading.sdp_kernel is None:
+        delattr(torch_cuda, SDP_KERNEL)
+    else:
+        setattr(torch_cuda, SDP_KERNEL, loading.sdp_kernel)
 
 
 def installed() -> InstalledLoading | None:

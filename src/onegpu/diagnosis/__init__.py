@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from onegpu.attention.sdpa import SdpaExplanation, explain_sdpa
 from onegpu.diagnosis.checkup import Diagnosis, doctor
 from onegpu.diagnosis.finding import Finding
-from onegpu.diagnosis.sdpa import SdpaExplanation, explain_sdpa
 
 __all__ = ["Diagnosis", "Finding", "SdpaExplanation", "doctor", "explain_sdpa"]

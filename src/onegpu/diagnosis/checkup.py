@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from onegpu.attention.sdpa import explain_sdpa
 from onegpu.attention.varlen import VarlenSpec
 from onegpu.diagnosis.finding import Finding
 from onegpu.diagnosis.machine import look_at_gpus, look_at_system, look_at_versions
 from onegpu.diagnosis.measure import measure as measure_gpu
 from onegpu.diagnosis.model import look_at_model
 from onegpu.diagnosis.operators import look_at_attention, look_at_operators
-from onegpu.diagnosis.sdpa import explain_sdpa
 from onegpu.memory.source import model_config
 
 __all__ = ["Diagnosis", "doctor"]

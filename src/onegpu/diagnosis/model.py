@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onegpu.attention.sdpa import SdpaExplanation, explain_sdpa
 from onegpu.attention.varlen import VarlenSpec
 from onegpu.diagnosis.finding import Finding
 from onegpu.diagnosis.operators import look_at_attention
-from onegpu.diagnosis.sdpa import SdpaExplanation, explain_sdpa
 from onegpu.memory.geometry import Geometry, read_geometry, text_part
 
 __all__ = ["look_at_model"]

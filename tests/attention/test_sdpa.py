@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import onegpu
+from onegpu.attention.sdpa_rules import RULES, Call
 from onegpu.diagnosis import explain_sdpa
-from onegpu.diagnosis.sdpa_rules import RULES, Call
 from onegpu.errors import ArgumentError
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.backends import cuda as switches
 
-from onegpu.diagnosis.sdpa_rules import BACKENDS, RULES, Call, Reason
+from onegpu.attention.sdpa_rules import BACKENDS, RULES, Call, Reason
 from onegpu.errors import ArgumentError
 
 __all__ = ["BACKENDS", "SdpaExplanation", "SdpaVerdict", "explain_sdpa"]
