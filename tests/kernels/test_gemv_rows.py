@@ -76,7 +76,18 @@ class Case:
         assert_no_worse(y, plain, exact, 4.0 if self.x.dtype == torch.float32 else 1.0)
 
 
-SHAPES = [((1, 1), 1), ((1, 70), 33), ((1, 2100), 5), ((3, 64), 40), ((2, 3, 97), 18), ((17, 130), 50), ((40, 96), 21)]
+SHAPES = [
+    ((1, 1), 1),
+    ((1, 70), 33),
+    ((1, 64), 6),
+    ((1, 2048), 3),
+    ((1, 2100), 5),
+    ((4, 512), 20),
+    ((3, 64), 40),
+    ((2, 3, 97), 18),
+    ((17, 130), 50),
+    ((40, 96), 21),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,7 +139,9 @@ def test_library(
 @pytest.mark.parametrize("M", [1, 5])
 def test_ranks_strides_and_nothing(kind: str, M: int, device: torch.device) -> None:
     case = Case(kind, (2, M, 64), 20)
-    operator = linear_16bit if kind == "16bit" else linear_8bit_rows
+    from onegpu.kernels import gemv_8bit, gemv_16bit
+
+    operator = gemv_16bit.linear_16bit if kind == "16bit" else gemv_8bit.linear_8bit_rows
     weight = [t.to(device) for t in case.weight]
     wide = normal(4, 2 * M, 128, seed=4).half().to(device)
     residuals = normal(4, 2 * M, 40, seed=5).half().to(device)[..., ::2]

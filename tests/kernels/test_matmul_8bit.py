@@ -1,4 +1,7 @@
-"""LLM.int8() on the device against its CPU definition: exact integers, so only the last float32 steps may differ."""
+"""LLM.int8() on the device against its definition: exact integers, so only the last float32 steps may differ.
+
+Up to 32 rows of 16-bit x the definition is that of `linear_8bit_rows`: x is not quantized.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from kernels.cases import DTYPES, normal, run_captured
 from onegpu.formats import rowwise
 from onegpu.kernels import linear_8bit, reference
+from onegpu.kernels.decode_products import reference_linear_8bit_rows
 
 
 @pytest.fixture
@@ -38,7 +42,10 @@ def assert_close(
 
     Tensor cores cut low bits off as they add, so a sum of hundreds of columns may be off by a few 1e-6 of its size.
     """
-    expected = reference.linear_8bit(x, codes, row_stats, bias, threshold)
+    if x.dtype != torch.float32 and x.numel() <= 32 * x.shape[-1]:
+        expected = reference_linear_8bit_rows(x, codes, row_stats, bias)
+    else:
+        expected = reference.linear_8bit(x, codes, row_stats, bias, threshold)
     assert y.dtype == expected.dtype
     assert y.shape == expected.shape
     scale = float(expected.double().square().mean().sqrt()) if expected.numel() else 0.0
@@ -49,7 +56,7 @@ def assert_close(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (1, 33, 70), (17, 9, 200), (65, 130, 64)])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (1, 33, 70), (32, 9, 200), (33, 9, 200), (65, 130, 64)])
 def test_shapes(
     M: int, N: int, K: int, threshold: float, with_bias: bool, dtype: torch.dtype, device: torch.device, matmul
 ) -> None:
@@ -62,10 +69,10 @@ def test_shapes(
 
 
 @pytest.mark.parametrize("columns", [0, 1, 16, 17, 150])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_number_of_outlier_columns(columns: int, dtype: torch.dtype, device: torch.device, matmul) -> None:
+@pytest.mark.parametrize(("M", "dtype"), [(5, torch.float32), *((37, dtype) for dtype in DTYPES)])
+def test_any_number_of_outlier_columns(columns: int, M: int, dtype: torch.dtype, device: torch.device, matmul) -> None:
     codes, row_stats = weight_8bit(20, 150)
-    x = with_outliers(5, 150, columns, dtype)
+    x = with_outliers(M, 150, columns, dtype)
     assert int(rowwise.quantize_rows(x, 6.0).outlier_cols.sum()) == columns
     y = matmul.linear_8bit(x.to(device), codes.to(device), row_stats.to(device), None, 6.0)
     assert_close(y, x, codes, row_stats, None, 6.0)
@@ -77,6 +84,21 @@ def test_without_outliers_bits_are_the_same(device: torch.device, matmul) -> Non
     x = normal(20, 300)
     y = matmul.linear_8bit(x.to(device), codes.to(device), row_stats.to(device), None, 0.0)
     assert torch.equal(y.cpu(), reference.linear_8bit(x, codes, row_stats, None, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_few_rows_are_at_least_as_exact(dtype: torch.dtype, device: torch.device, matmul) -> None:
+    """Than the paper's decomposition, with outliers in x; and a row is the same beside other ones."""
+    codes, row_stats = weight_8bit(40, 300)
+    x = with_outliers(8, 300, 5, dtype)
+    exact = x.double() @ (codes.double() * row_stats.double()[:, None] / 127).T
+    y = matmul.linear_8bit(x.to(device), codes.to(device), row_stats.to(device), None, 6.0).cpu()
+    decomposed = reference.linear_8bit(x, codes, row_stats, None, 6.0)
+    assert float((y.double() - exact).std()) < float((decomposed.double() - exact).std())
+    calm = with_outliers(8, 300, 0, dtype, seed=1)
+    calm[3] = x[3]
+    again = matmul.linear_8bit(calm.to(device), codes.to(device), row_stats.to(device), None, 6.0).cpu()
+    torch.testing.assert_close(again[3], y[3], rtol=0, atol=0)
 
 
 def test_ranks_strides_and_nothing(device: torch.device, matmul) -> None:
@@ -101,7 +123,7 @@ def test_list_of_columns(K: int, device: torch.device, matmul) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [0, 7, 300])
-@pytest.mark.parametrize("M", [1, 16, 33, 64, 65, 512])
+@pytest.mark.parametrize("M", [1, 16, 32, 33, 64, 65, 512])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (14336, 4096), (4097, 4095)])
 def test_real_shapes(M: int, N: int, K: int, columns: int, dtype: torch.dtype) -> None:
     codes, row_stats = weight_8bit(N, K)

@@ -40,12 +40,12 @@ INVERSE_127_32 = tl.constexpr(INVERSE_127)
 
 
 @triton.jit
-def load_weights(pointers, k, limit, more, EVEN_K: tl.constexpr):
-    """A tile of W, read once by one program; nothing where not `more`."""
+def load_weights(pointers, k, limit, EVEN_K: tl.constexpr):
+    """A tile of W, which one program reads once; zeros from column `limit` on, where nothing is read."""
     if EVEN_K:
-        tile = tl.load(pointers, mask=more & (k < limit)[None, :], other=0, eviction_policy="evict_first")
-    else:
-        tile = tl.load(pointers, mask=(k < limit)[None, :], other=0, eviction_policy="evict_first")
+        # All columns or none: one comparison, where `k` would cost one each.
+        k = k * 0
+    tile = tl.load(pointers, mask=(k < limit)[None, :], other=0, eviction_policy="evict_first")
     return tile
 
 
@@ -118,10 +118,10 @@ def one_row_kernel(
     x_ptrs = x_ptr + m * stride_xm + k
     pointers = weight_ptr + row[:, None] * stride_wn + k[None, :]
     up_pointers = pointers + tl.cast(N_OUT, tl.int64) * stride_wn
-    tile = load_weights(pointers, k, K, True, EVEN_K)
+    tile = load_weights(pointers, k, K, EVEN_K)
     up_tile = tile
     if GATED:
-        up_tile = load_weights(up_pointers, k, K, True, EVEN_K)
+        up_tile = load_weights(up_pointers, k, K, EVEN_K)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -129,13 +129,12 @@ def one_row_kernel(
     sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     up_sums = sums
     for start in range(BLOCK_K, K + BLOCK_K, BLOCK_K):
-        more = start < K
         limit = K - start
         next_x = tl.load(x_ptrs + start, mask=k < limit, other=0.0)
-        next_tile = load_weights(pointers + start, k, limit, more, EVEN_K)
+        next_tile = load_weights(pointers + start, k, limit, EVEN_K)
         next_up = next_tile
         if GATED:
-            next_up = load_weights(up_pointers + start, k, limit, more, EVEN_K)
+            next_up = load_weights(up_pointers + start, k, limit, EVEN_K)
         wide = tl.broadcast_to(x.to(tl.float32)[None, :], (BLOCK_N, BLOCK_K))
         sums = tl.fma(tile.to(tl.float32), wide, sums)
         if GATED:
