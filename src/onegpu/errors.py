@@ -9,6 +9,7 @@
     ├── SaveError (OSError)             a save that could not be finished; what was there before is still there
     ├── DoesNotFitError (MemoryError)   the plan needs more memory than there is
     ├── DeviceError (RuntimeError)      a device that is not there, or tensors on different devices
+    ├── NumericError (ArithmeticError)  a model computed something that is no number
     └── UnsupportedError (RuntimeError) a combination that this machine or model cannot run
 
 A message says what happened, what was expected and what came; the hint says what to do next.
@@ -23,6 +24,7 @@ __all__ = [
     "DeviceError",
     "DoesNotFitError",
     "NotFoundError",
+    "NumericError",
     "OneGpuError",
     "SaveError",
     "UnsafeCheckpointError",
@@ -80,6 +82,10 @@ class DoesNotFitError(OneGpuError, MemoryError):
 
 class DeviceError(OneGpuError, RuntimeError):
     """A device that is not there, or tensors that live on different devices."""
+
+
+class NumericError(OneGpuError, ArithmeticError):
+    """A model computed something that is no number."""
 
 
 class UnsupportedError(OneGpuError, RuntimeError):

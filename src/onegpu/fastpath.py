@@ -13,30 +13,40 @@ from onegpu.errors import UnsupportedError
 __all__ = ["optimize", "restore"]
 
 
-def optimize(model: Any) -> Any:
+def optimize(model: Any, *, kv_cache_dtype: str | None = None) -> Any:
     """Put a model on its fast path, in place; calling it again changes nothing.
 
-    The classes, the weights, the parameters' names and what the model returns stay the same. Returns the model.
+    Encoders run without padding, `generate` runs step after step on the device. The weights, the parameters' names, the
+    name of the class and what the model returns stay the same. Returns the model.
+
+    Args:
+        kv_cache_dtype: "int8" or "fp8" to keep keys and values of generation in 8 bit, None for the model's own dtype.
 
     Raises:
+        ConfigError: an unknown `kv_cache_dtype`.
         UnsupportedError: not a Transformers model.
     """
+    from onegpu.decoder import DecoderOptions, optimize_decoder
     from onegpu.encoder import optimize_encoder
 
     check_model(model)
+    options = DecoderOptions(kv_cache_dtype=kv_cache_dtype)
     optimize_encoder(model)
+    optimize_decoder(model, options)
     return model
 
 
 def restore(model: Any) -> Any:
-    """Take a model off the fast path: every forward is Transformers' own again. Returns the model.
+    """Take a model off the fast path: every forward and `generate` are Transformers' own again. Returns the model.
 
     Raises:
         UnsupportedError: not a Transformers model.
     """
+    from onegpu.decoder import restore_decoder
     from onegpu.encoder import restore_encoder
 
     check_model(model)
+    restore_decoder(model)
     restore_encoder(model)
     return model
 

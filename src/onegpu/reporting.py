@@ -124,7 +124,13 @@ def grouped(kept: list[Any]) -> list[tuple[str, int, int, str]]:
 
 def fast_paths(model: Any) -> list[str]:
     """One line for each part that `optimize` looked at: what it became, or why it stayed."""
+    from onegpu.decoder import decoder_report
     from onegpu.encoder.optimize import encoder_report
 
-    done = encoder_report(model)
-    return [] if done is None else done.lines()
+    encoder, decoder = encoder_report(model), decoder_report(model)
+    lines = [] if encoder is None else encoder.lines()
+    if decoder is None:
+        return lines
+    # A pure decoder has no encoder to speak of.
+    is_pure = encoder is not None and not encoder.is_optimized and len(decoder.parts) == 1
+    return ([] if is_pure else lines) + decoder.lines()
