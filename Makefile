@@ -5,6 +5,7 @@
 #   make test-oldest   the same suite with the oldest Transformers that is supported
 #   make test-gpu      only what needs a GPU
 #   make check         lint, format, types, layers
+#   make docs          the documentation site, warnings as errors, in site/
 #   make clean         remove what was built; `make distclean` the environments too
 #
 #   PY=python3.12      the Python to build .venv with        ARGS="-k nf4"   more for pytest or the demo
@@ -25,12 +26,13 @@ else
 RUN := .venv/bin/python
 BASE := .venv/.base
 DEV := .venv/.dev
+DOCS := .venv/.docs
 OLD := .venv-oldest/.done
 endif
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-gpu check clean distclean
+.PHONY: help demo test test-oldest test-gpu check docs clean distclean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -51,10 +53,13 @@ test-gpu: $(DEV)
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 check: $(DEV)
-	$(RUN) -m ruff check src tests
-	$(RUN) -m ruff format --check src tests
+	$(RUN) -m ruff check src tests docs
+	$(RUN) -m ruff format --check src tests docs
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_layers.py tests/test_import.py
+
+docs: $(DOCS)
+	$(RUN) -m properdocs build --strict --quiet
 
 .venv/bin/python:
 	@$(PY) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed, $(PY) is %d.%d\n\nhint: make PY=python3.12" % v[:2])'
@@ -71,6 +76,11 @@ check: $(DEV)
 .venv/.dev: .venv/.base
 	@echo "adding what the tests need"
 	@$(PIP) install -e ".[cpu,test,dev]"
+	@touch $@
+
+.venv/.docs: .venv/.base
+	@echo "adding what the documentation needs"
+	@$(PIP) install -e ".[cpu,docs]"
 	@touch $@
 
 # A second environment that sees .venv's packages after its own, so that only what differs is installed.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ("demo", "test", "test-oldest", "test-gpu", "check", "clean")
+TARGETS = ("demo", "test", "test-oldest", "test-gpu", "check", "docs", "clean")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -82,6 +82,11 @@ def test_the_oldest_transformers_is_the_one_pyproject_promises() -> None:
     assert oldest[1] == promised[1]
 
 
+def test_the_site_is_built_with_warnings_as_errors() -> None:
+    (line,) = [line for line in plan(ROOT, "docs", "NO_VENV=1", "PY=python3").splitlines() if "build" in line]
+    assert line.endswith("python3 -m properdocs build --strict --quiet")
+
+
 def test_without_a_gpu_the_gpu_tests_refuse() -> None:
     import torch
 
@@ -98,4 +103,5 @@ def test_continuous_integration_runs_what_a_contributor_runs() -> None:
         "make test",
         "make test-oldest",
         "make check",
+        "make docs",
     ]
