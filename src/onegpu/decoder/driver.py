@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from onegpu.decoder.arguments import vocabulary_of
 from onegpu.decoder.cache import KVCache, LayerShape
 from onegpu.decoder.condition import Condition, condition_of
+from onegpu.decoder.fused import FusedPlan, FusedStep, prove, recognise
 from onegpu.decoder.masked import MaskedPrefill, MaskedStep
 from onegpu.decoder.options import DecoderOptions
 from onegpu.decoder.prove import CAPACITY, LENGTHS, Trial, layer_shapes, make_trial, why_not_equal
@@ -64,6 +65,7 @@ class Driver:
         self.workspaces: list[tuple[Workspace, int]] = []
         self.condition: Condition | None = None
         self.way: Way | str = "not looked at yet"
+        self.plan: FusedPlan | None = None
         self.bypass: str | None = None  # a reason against the call under way, known where it began
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
@@ -105,10 +107,19 @@ class Driver:
         """The way through the model as it is now; a str is the reason for Transformers' own loop."""
         now = condition_of(self.model)
         if self.condition is None or now.fingerprint != self.condition.fingerprint:
-            self.release()
+            self.undo()
             self.condition = now
             self.way = now.reason or self.find_way()
+            # Joining weights moved them.
+            self.condition = condition_of(self.model)
         return self.way
+
+    def undo(self) -> None:
+        """Give back slots and graphs, and the weights the memory they had."""
+        self.release()
+        plan, self.plan = self.plan, None
+        if plan is not None:
+            plan.split()
 
     def find_way(self) -> Way | str:
         """Try the ways in order, each against the plain model."""
@@ -145,7 +156,7 @@ class Driver:
         )
         reason = self.why_not(slots, trial)
         if reason is None:
-            return slots
+            return self.fused(slots, trial) if options.fused else slots
         masked = Way(
             "masked", shapes, columns, MaskedPrefill, MaskedStep, UNLIMITED, None, positions_of(model), (reason,)
         )
@@ -154,14 +165,31 @@ class Driver:
             return masked
         return f"over slots {reason}; with a mask over whole slots {second}"
 
+    def fused(self, slots: Way, trial: Trial) -> Way:
+        """The same way with a fused step, where the structure is known and proved; else as it was, with the reason."""
+        plan = recognise(self.model)
+        if isinstance(plan, str):
+            return replace(slots, notes=(f"its layers are not fused: {plan}",))
+        reason = prove(plan)
+        # A plan is kept by its model, which it must not keep alive.
+        plan.model = weakref.proxy(self.model)
+        if reason is None:
+            way = replace(slots, name="fused", step=FusedSteps(plan), notes=tuple(plan.report()[1:]))
+            reason = self.why_not(way, trial)
+            if reason is None:
+                self.plan = plan
+                return way
+            plan.split()
+        return replace(slots, notes=(f"its layers are not fused: {reason}",))
+
     def why_not(self, way: Way, trial: Trial) -> str | None:
         """Prove a way on small slots, in the model's own dtype."""
         model = self.model
         kv = KVCache(way.shapes, len(LENGTHS), CAPACITY)
         prefill, step = way.prefill(model, kv), way.step(model, kv)
         reason = why_not_equal(trial, prefill, step, way.chunk != UNLIMITED)
-        view = step.view if isinstance(step, UniversalStep) else prefill.view if way.name == "slots" else None
-        if way.name == "slots" and (view is None or len(view.windows) < len(way.shapes)):
+        view = step.view if isinstance(step, UniversalStep) else prefill.view if way.name == "fused" else None
+        if way.name != "masked" and (view is None or len(view.windows) < len(way.shapes)):
             return "its layers compute attention themselves"
         if reason is None and view is not None and view.windows != windows_of(way.shapes):
             return "its layers' sliding windows are not those of its cache"
@@ -202,6 +230,19 @@ class Driver:
     def release(self) -> None:
         """Give all slots and graphs back."""
         self.workspaces.clear()
+
+
+class FusedSteps:
+    """Makes the fused step over a cache, or the universal one where the cache is too long for it."""
+
+    def __init__(self, plan: FusedPlan) -> None:
+        self.plan = plan
+
+    def __call__(self, model: nn.Module, kv: KVCache) -> StepForward:
+        try:
+            return FusedStep(self.plan, kv)
+        except UnsupportedError:
+            return UniversalStep(model, kv)
 
 
 def windows_of(shapes: list[LayerShape]) -> dict[int, int | None]:

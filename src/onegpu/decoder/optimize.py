@@ -95,7 +95,7 @@ def restore_decoder(model: nn.Module) -> nn.Module:
     for part in model.modules():
         driver = part.__dict__.pop(ATTRIBUTE, None)
         if isinstance(driver, Driver):
-            driver.release()
+            driver.undo()
         if is_generating(part):
             part.__class__ = original_class(type(part))
     return model
