@@ -1,7 +1,7 @@
 """Pages of documentation as programs: their code blocks, run one after another as a reader would type them.
 
 A block of `python` is executed, in one namespace per page. In a block of `sh` each line is a command: `onegpu ...` runs
-in this process, `make TARGET` and `pip install` are looked up. Blocks of other languages are text.
+in this process, `make TARGET`, `pip install` and `python -m MODULE` are looked up. Blocks of other languages are text.
 
 A comment above a block says what it needs:
 
@@ -19,6 +19,7 @@ import inspect
 import re
 import shlex
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +148,18 @@ def commands(block: Block) -> list[list[str]]:
 
 def run_shell(block: Block) -> None:
     for command in commands(block):
-        if command[0] not in ("make", "pip"):
+        if command[0] == "onegpu" or "|" in command:
             run_command(block, command)
 
 
 def check_command(block: Block, command: list[str]) -> None:
-    """A target of the Makefile, an extra of the package, or a command of ours with options that it has."""
+    """A target of the Makefile, an extra of the package, a module, or a command of ours with options that it has."""
     own, _, _ = taken_apart(command)
     if own[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in own[1:] if "=" not in word} <= set(targets), f"{block}: no such target: {own}"
+    elif own[:2] == ["python", "-m"]:
+        assert find_spec(own[2]) is not None, f"{block}: no such module: {own[2]}"
     elif own[:2] == ["pip", "install"]:
         known = extras()
         for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(own)):

@@ -38,6 +38,7 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli", "bench", "reporting"},
     "matplotlib": {"bench"},
+    "lm_eval": {"bench"},
 }
 FORBIDDEN = {"pickle", "bitsandbytes", "flash_attn"}
 
