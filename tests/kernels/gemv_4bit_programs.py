@@ -155,6 +155,10 @@ def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any)
     if choices.get("nested"):
         codes, *nested = blockwise.quantize_absmax(absmax)
         absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(codes, *nested))
+        if choices.get("offsets"):
+            offsets = nested[2] * torch.linspace(0.5, 2, -(-N // 16))
+            absmax = (absmax - nested[2]).view(N, -1) + offsets.repeat_interleave(16)[:N, None]
+            absmax, nested[2] = absmax.reshape(-1), offsets
     x = torch.randn(M, K + wide, generator=generator).to(TORCH[dtype])
     gated, activation = choices.get("gated", False), choices.get("activation")
     width = N // 2 if gated else N
@@ -233,6 +237,15 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
         {"gated": True, "activation": "silu", "residual": True, "bias": "bf16"},
     ),
     "activation alone": (Config(4, 1, 1, 2), 3, 50, 512, "bf16", {"activation": "silu", "residual": True}),
+    "joined": (Config(4, 1, 1, 2), 1, 70, 512, "bf16", {"nested": True, "offsets": True, "grid": 2}),
+    "joined, gated": (
+        Config(4, 1, 2, 2),
+        9,
+        128,
+        512,
+        "bf16",
+        {"nested": True, "offsets": True, "gated": True, "activation": "silu"},
+    ),
     "x not ahead": (Config(4, 1, 1, 2, ahead=False), 7, 30, 512, "bf16", {"nested": True}),
     "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "nested": True, "grid": 2}),
 }

@@ -11,6 +11,7 @@ from onegpu.config import BLOCKSIZES
 from onegpu.errors import ArgumentError, ConfigError
 from onegpu.formats import tiling
 from onegpu.kernels import linear_4bit
+from onegpu.kernels.tail import apply_tail
 from onegpu.kernels.tiled_ops import linear_4bit_tiled
 
 
@@ -107,3 +108,40 @@ def test_dequantizing_every_blocksize(blocksize: int, device: torch.device, laun
     x = normal(97, K)
     y = launcher.linear_4bit_tiled(x.to(device), *tiled_args(there), None, *there.args).cpu()
     assert_no_worse(y, linear(x, weight.dense(torch.float32)), exact_product(x, weight.dense(torch.float32), None))
+
+
+def test_offsets_of_joined_weights() -> None:
+    """Two weights with nested scales of their own, joined: each row tile keeps its weight's offset."""
+    parts = [weight_4bit(N, 512, nested=True) for N in (32, 48)]
+    tiles = [tiling.tile_codes(part.packed, *part.shape) for part in parts]
+    scales = [tiling.tile_scales(part.absmax, *part.shape, 64) for part in parts]
+    offsets = torch.cat([part.nested[2].repeat(part.shape[0] // 16) for part in parts])
+    nested = (torch.cat([part.nested[0] for part in parts]), parts[0].nested[1], offsets)
+    x = normal(3, 512).requires_grad_()
+    joined = linear_4bit_tiled(x, torch.cat(tiles), torch.cat(scales), None, 80, "nf4", 64, *nested)
+    alone = [
+        linear_4bit_tiled(x, *pair, None, part.shape[0], "nf4", 64, *part.nested)
+        for *pair, part in zip(tiles, scales, parts, strict=True)
+    ]
+    assert torch.equal(joined, torch.cat(alone, dim=1))
+    (mine,) = torch.autograd.grad(joined.sum(), x)
+    (theirs,) = torch.autograd.grad(torch.cat(alone, dim=1).sum(), x)
+    torch.testing.assert_close(mine, theirs)
+    with pytest.raises(ArgumentError, match=r"nested_offset must be float32 \[5\]"):
+        linear_4bit_tiled(x, torch.cat(tiles), torch.cat(scales), None, 80, "nf4", 64, *nested[:2], offsets[1:])
+
+
+@pytest.mark.parametrize(("activation", "gated"), [(None, False), ("silu", True), ("gelu", False)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_tail_follows_the_product(activation: str | None, gated: bool, residual: bool) -> None:
+    weight = weight_4bit(64, 128)
+    codes, absmax = tiling.tile_codes(weight.packed, 64, 128), tiling.tile_scales(weight.absmax, 64, 128, 64)
+    x = normal(5, 128).requires_grad_()
+    added = normal(5, 32 if gated else 64) if residual else None
+    tail = {"residual": added, "activation": activation, "gated": gated}
+    y = linear_4bit_tiled(x, codes, absmax, None, 64, "nf4", 64, **tail)
+    t = linear_4bit_tiled(x, codes, absmax, None, 64, "nf4", 64)
+    torch.testing.assert_close(y, apply_tail(t, added, activation, gated, torch.float32))
+    with torch.no_grad():
+        torch.testing.assert_close(linear_4bit_tiled(x, codes, absmax, None, 64, "nf4", 64, **tail), y)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape

@@ -108,6 +108,7 @@ def load_weights(
     tiled_ptr,
     absmax_ptr,
     nested_absmax_ptr,
+    nested_offset_ptr,
     lane,
     warp_n,
     warp_k,
@@ -124,8 +125,9 @@ def load_weights(
     UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr,
     GATED: tl.constexpr,
+    OFFSETS: tl.constexpr,
 ):
-    """A lane's codes and scales of TILES x UNROLL tiles, as two flat tuples."""
+    """A lane's codes and scales of TILES x UNROLL tiles, and the offsets of TILES row tiles, as flat tuples."""
     GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
     columns = K // 64
     blocks = K // BLOCKSIZE
@@ -135,8 +137,11 @@ def load_weights(
     load = (lane * 0 + more).to(tl.int32)
     codes = ()
     scales = ()
+    offsets = ()
     for t in tl.static_range(TILES):
         row_tile = row_tile_of(group, warp_n, row_tiles, t, WARPS_N, TILES, GATED)
+        if OFFSETS:
+            offsets = offsets + (load_element(nested_offset_ptr + lane * 0 + row_tile, load != 0),)  # noqa: RUF005
         address = (tiled_ptr + (row_tile * columns + first) * 128 + lane * 4).to(tl.int64)
         guards = (load,)
         if not EVEN_K:
@@ -181,7 +186,7 @@ def load_weights(
                     is_pure=False,
                     pack=1,
                 )
-    return codes, scales
+    return codes, scales, offsets
 
 
 @triton.jit
@@ -255,8 +260,10 @@ def multiply_step(
     x,
     table,
     offset,
+    offsets,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,
     ONE_ROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
@@ -280,7 +287,10 @@ def multiply_step(
             )
             pairs = ()
             for i in tl.static_range(GROUPS):
-                pairs = pairs + scale_pair(scales, (t * UNROLL + u) * GROUPS + i, offset, NESTED)
+                if OFFSETS:
+                    pairs = pairs + scale_pair(scales, (t * UNROLL + u) * GROUPS + i, offsets[t], NESTED)
+                else:
+                    pairs = pairs + scale_pair(scales, (t * UNROLL + u) * GROUPS + i, offset, NESTED)
             for i in tl.static_range(SUMS):
                 total = tl.fma(products[i], pairs[i if ONE_ROW else i // 2 % 2], sums[t * SUMS + i])
                 if GROUPS == 2:
@@ -420,7 +430,7 @@ def gemv_4bit_kernel(
     absmax_ptr,  # float32 [ceil(N / 16), K / BLOCKSIZE, 8, 2], or uint8 if NESTED
     nested_absmax_ptr,  # float32 [ceil(N * K / BLOCKSIZE / 256)], read if NESTED; so are the next two
     nested_code_ptr,  # float32 [256]
-    nested_offset_ptr,  # float32 []
+    nested_offset_ptr,  # float32 [], or [ceil(N / 16)] if OFFSETS
     x_ptr,  # [M, K], rows on 16-byte boundaries
     stride_xm,
     bias_ptr,  # [N], read if HAS_BIAS
@@ -432,6 +442,7 @@ def gemv_4bit_kernel(
     QUANT_TYPE: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,  # of nested scales, one for each row tile: weights quantized apart and joined
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,  # of `onegpu.kernels.tail`, or None
@@ -458,9 +469,9 @@ def gemv_4bit_kernel(
     steps = tl.cdiv(K // 64, WARPS_K * UNROLL)
     group = tl.program_id(0)
     step = 0
-    codes, scales = load_weights(
-        tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, step, True, N, K,
-        BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
+    codes, scales, offsets = load_weights(
+        tiled_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, lane, warp_n, warp_k, group, step, True, N, K,
+        BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED, OFFSETS,
     )  # fmt: skip
     map_address = (nested_code_ptr + thread * 0).to(tl.int64)
     table = tl.inline_asm_elementwise(
@@ -472,7 +483,7 @@ def gemv_4bit_kernel(
         pack=1,
     )
     offset = 0.0
-    if NESTED:
+    if NESTED and not OFFSETS:
         offset = tl.load(nested_offset_ptr)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -494,17 +505,17 @@ def gemv_4bit_kernel(
             now_x = load_rows(
                 x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
             )  # fmt: skip
-        next_codes, next_scales = load_weights(
-            tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, i + 1 < total, N, K,
-            BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
+        next_codes, next_scales, next_offsets = load_weights(
+            tiled_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, lane, warp_n, warp_k, next_group, next_step,
+            i + 1 < total, N, K, BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED, OFFSETS,
         )  # fmt: skip
         if AHEAD:
             x = load_rows(
                 x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
             )  # fmt: skip
         sums = multiply_step(
-            sums, codes, scales, now_x, table, thread * 0.0 + offset,
-            BLOCKSIZE, NESTED, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
+            sums, codes, scales, now_x, table, thread * 0.0 + offset, offsets,
+            BLOCKSIZE, NESTED, OFFSETS, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
         )  # fmt: skip
         if last:
             if ONE_ROW:
@@ -521,6 +532,7 @@ def gemv_4bit_kernel(
             sums = zeros(thread * 0, SUMS)
         codes = next_codes
         scales = next_scales
+        offsets = next_offsets
         step = next_step
         group = next_group
 
@@ -557,12 +569,14 @@ def constants(
     has_residual: bool = False,
     activation: str | None = None,
     gated: bool = False,
+    offsets: bool = False,
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
     return {
         "QUANT_TYPE": quant_type,
         "BLOCKSIZE": blocksize,
         "NESTED": nested,
+        "OFFSETS": offsets,
         "HAS_BIAS": has_bias,
         "HAS_RESIDUAL": has_residual,
         "ACTIVATION": activation,
@@ -604,7 +618,8 @@ def gemv_4bit(
         y: [M, N], or [M, N / 2] if gated; contiguous, M from 1 to `MAX_ROWS`, in the dtype of `rows`.
         rows: [M, K], bfloat16 or float16, elements of a row side by side, rows on 16-byte boundaries.
         tiled, absmax: `onegpu.formats.tiling`'s codes and scales of W [N, K], contiguous.
-        nested: `nested_absmax`, `nested_code`, `nested_offset` where absmax is uint8.
+        nested: `nested_absmax`, `nested_code`, `nested_offset` where absmax is uint8; the last one for all, or one
+            for each row tile.
         residual: as y, contiguous.
         activation, gated: of `onegpu.kernels.tail`; gated needs N to be a multiple of 32.
         overlap: begin before the kernel in front has ended (see the top of this file).
@@ -622,6 +637,7 @@ def gemv_4bit(
         quant_type,
         blocksize,
         nested=nested is not None,
+        offsets=nested is not None and nested[2].dim() == 1,
         has_bias=bias is not None,
         has_residual=residual is not None,
         activation=activation,

@@ -43,6 +43,7 @@ def dequantize_tiled_kernel(
     QUANT_TYPE: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    OFFSETS: tl.constexpr,  # 1 for an offset of each row tile, 0 for one of all
     TILES: tl.constexpr,
 ):
     """One float32 product per weight, rounded once; see `onegpu.formats.tiling` for the order of the bytes."""
@@ -69,7 +70,7 @@ def dequantize_tiled_kernel(
         flat = n[:, :, None] * blocks + block[:, None, :]
         code = tl.load(absmax_ptr + place, mask=mask, other=0).to(tl.int32)
         scale = tl.load(nested_code_ptr + code) * tl.load(nested_absmax_ptr + flat // 256, mask=mask, other=0.0)
-        scale += tl.load(nested_offset_ptr)
+        scale += tl.load(nested_offset_ptr + (row_tile * OFFSETS)[:, None, None])
     else:
         scale = tl.load(absmax_ptr + place, mask=mask, other=0.0)
     value = tl.reshape(value, (TILES, 16, PARTS, 64 // PARTS)) * scale[:, :, :, None]
@@ -104,7 +105,7 @@ def linear_4bit_tiled(
     tiled, absmax = tiled.contiguous(), absmax.contiguous()
     nested = None
     if nested_absmax is not None and nested_code is not None and nested_offset is not None:
-        nested = (nested_absmax.contiguous(), nested_code.contiguous(), nested_offset)
+        nested = (nested_absmax.contiguous(), nested_code.contiguous(), nested_offset.contiguous())
     added = None if residual is None else residual.detach().reshape(M, width)
     if M > SPLIT_ROWS or (M > 0 and (not x.is_cuda or why_not_gemv(x.device, x.dtype) is not None)):
         y = _dequantize_and_multiply(rows, tiled, absmax, bias, N, quant_type, blocksize, nested)
@@ -174,6 +175,7 @@ def _dequantize_and_multiply(
                 QUANT_TYPE=quant_type,
                 BLOCKSIZE=blocksize,
                 NESTED=nested is not None,
+                OFFSETS=int(nested is not None and nested[2].dim() == 1),
                 TILES=TILES,
                 num_warps=4,
                 **NO_CONTRACTION,

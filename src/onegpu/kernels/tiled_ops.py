@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from onegpu.errors import ArgumentError
+from onegpu.formats import NestedAbsmax, dequantize_absmax
 from onegpu.formats.tiling import (
     TILE_ROWS,
     num_tiled_bytes,
@@ -59,6 +60,9 @@ def check_linear_4bit_tiled(
     _length("absmax", absmax, dtype, num_tiled_scales(out_features, K, blocksize), out_features, K)
     checks._same_device(OP, "x", x, tiled=tiled, absmax=absmax)
     num_blocks = out_features * (K // blocksize)
+    if nested_offset is not None and nested_offset.dim() == 1:
+        _length("nested_offset", nested_offset, torch.float32, -(-out_features // TILE_ROWS), out_features, K)
+        nested_offset = nested_offset[0]
     checks._packed_weight(
         OP,
         tiled[: out_features * K // 2],
@@ -99,6 +103,9 @@ def reference_linear_4bit_tiled(
 ) -> Tensor:
     """`reference.linear_4bit` on the weight put back in rows, in float32 up to the end of the tail."""
     packed, absmax = _rows(tiled, absmax, (out_features, x.shape[-1]), blocksize)
+    if nested_absmax is not None and nested_code is not None and nested_offset is not None and nested_offset.dim() == 1:
+        absmax = _each_offset(absmax, nested_absmax, nested_code, nested_offset, out_features)
+        nested_absmax = nested_code = nested_offset = None
     plain = residual is None and activation is None
     y = reference.linear_4bit(
         x if plain else x.float(),
@@ -124,6 +131,12 @@ def fake_linear_4bit_tiled(
 
 def _rows(tiled: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
     return untile_codes(tiled, *shape), untile_scales(absmax, *shape, blocksize)
+
+
+def _each_offset(absmax: Tensor, nested_absmax: Tensor, nested_code: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """float32 scales in rows, from codes in rows and an offset for each 16 rows of W."""
+    plain = dequantize_absmax(NestedAbsmax(absmax, nested_absmax, nested_code, offsets.new_zeros(())))
+    return (plain.view(rows, -1) + offsets.repeat_interleave(TILE_ROWS)[:rows, None]).view(-1)
 
 
 _linear_4bit_tiled = bind(
@@ -153,6 +166,9 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         packed, absmax = _rows(tiled, absmax, ctx.shape, ctx.blocksize)
+        if nested[2] is not None and nested[2].dim() == 1:
+            absmax = _each_offset(absmax, nested[0], nested[1], nested[2], ctx.shape[0])
+            nested = [None] * 3
         weight = dequantize_4bit(packed, absmax, ctx.shape, ctx.x_dtype, ctx.quant_type, ctx.blocksize, *nested)
         grad_x = grad @ weight
     if ctx.needs_input_grad[3]:
@@ -191,7 +207,8 @@ def linear_4bit_tiled(
         bias: [N] in a floating dtype, or None.
         out_features: N.
         blocksize: divides K.
-        nested_absmax, nested_code, nested_offset: as `linear_4bit` takes them; only absmax is in tile order.
+        nested_absmax, nested_code, nested_offset: as `linear_4bit` takes them; only absmax is in tile order. Weights
+            quantized apart and joined have an offset for each 16 rows: nested_offset [ceil(N / 16)].
         residual: added at the end, of the result's shape and dtype.
         activation, gated: as `onegpu.kernels.tail` says; gated rows of W are all gates, then all they multiply.
         overlap: the kernel may fetch weights while the one before it on the stream still runs. Only where neither
