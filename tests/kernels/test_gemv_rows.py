@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +231,63 @@ def test_configurations_fit() -> None:
     assert small.fitted(8, 100, 2, 10**6) == replace(small, block_k=128)
     assert not gemv_rows.overlaps(torch.device("cpu"), True)
     assert [gemv_rows.bucket_of(M) for M in (1, 2, 8, 9, 17, 33, 64)] == [1, 8, 8, 16, 32, 64, 64]
+
+
+# Bytes of shared memory that one program may have, and how many cases there are.
+ARCHITECTURES = {
+    "75": (65536, 7),
+    "80": (166912, 13),
+    "86": (101376, 13),
+    "89": (101376, 13),
+    "90": (232448, 36),
+    "120": (101376, 13),
+    "gfx942": (65536, 13),
+    "gfx1100": (65536, 13),
+}
+# Instructions per weight, by bytes of a weight and bucket: half of what an H100 can issue while a weight arrives, or,
+# with many rows of int8, all of it less a tenth.
+BUDGET = {(2, 64): 3.0, (1, 1): 5.2, (1, 8): 3.5, (1, 16): 4.5, (1, 32): 5.0, (1, 64): 9.0}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("gemv_rows_programs.py")), *ARCHITECTURES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles(arch: str, compiled: list[dict]) -> None:
+    """Without spills, within the shared memory of a card and, for an H100, within what it can issue."""
+    mine = [result for result in compiled if result["arch"] == arch]
+    shared, count = ARCHITECTURES[arch]
+    assert not [result for result in mine if "error" in result]
+    assert not [result for result in mine if result["spilled"]]
+    assert not [result for result in mine if result["shared"] > shared]
+    assert len(mine) == count
+    if arch != "90":
+        return
+    for result in mine:
+        if "instructions_per_weight" in result:
+            size, bucket = int(result["case"][0]), int(result["case"].split("M=")[1].split(",")[0])
+            assert 0 < result["instructions_per_weight"] <= BUDGET.get((size, bucket), 4.5), result
+
+
+@pytest.mark.slow
+def test_only_weights_are_touched_before_the_wait(compiled: list[dict]) -> None:
+    """Kernels that overlap ask for W, wait, and only then read or write anything that the one in front may write."""
+    orders = {result["case"]: result["order"] for result in compiled if "order" in result}
+    assert sum(name.startswith(("1 bytes", "2 bytes")) for name in orders) >= 10
+    for name, order in orders.items():
+        before, wait, after = order.partition("W")
+        assert (before, wait) == ("r" if name == "rms_norm" else "w", "W"), name
+        assert after.startswith("r"), name
+        assert after.endswith("rs"), name
 
 
 @pytest.mark.gpu

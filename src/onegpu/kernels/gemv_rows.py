@@ -45,8 +45,7 @@ def load_weights(pointers, k, limit, EVEN_K: tl.constexpr):
     if EVEN_K:
         # All columns or none: one comparison, where `k` would cost one each.
         k = k * 0
-    tile = tl.load(pointers, mask=(k < limit)[None, :], other=0, eviction_policy="evict_first")
-    return tile
+    return tl.load(pointers, mask=(k < limit)[None, :], other=0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -198,12 +197,13 @@ def rows_kernel(
     up_rows = tl.cast(N_OUT, tl.int64) * stride_wn
     if OVERLAP:
         LINE: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        LINES: tl.constexpr = AHEAD * BLOCK_K // LINE
-        first = tl.minimum(tl.arange(0, LINES) * LINE, K - 1)
-        lines = weight_ptr + row[:, None] * stride_wn + first[None, :]
-        ask_for(lines)
-        if GATED:
-            ask_for(lines + up_rows)
+        LINES: tl.constexpr = max(1, BLOCK_K // LINE)
+        for step in tl.static_range(AHEAD):
+            first = tl.minimum(step * BLOCK_K + tl.arange(0, LINES) * LINE, K - 1)
+            lines = weight_ptr + row[:, None] * stride_wn + first[None, :]
+            ask_for(lines)
+            if GATED:
+                ask_for(lines + up_rows)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k[None, :]
@@ -280,16 +280,18 @@ CONFIGS: Final[dict[tuple[int, int, str], Config]] = {
     (1, 8, "small"): Config(16, 512, 1, 4),
     (1, 8, "wide"): Config(32, 256, 1, 4),
     (1, 8, "deep"): Config(16, 512, 1, 4),
-    (1, 16, "small"): Config(32, 256, 1, 4),
+    (1, 16, "small"): Config(32, 128, 1, 6),
     (1, 16, "wide"): Config(64, 256, 2, 3),
-    (1, 16, "deep"): Config(32, 256, 1, 4),
-    (1, 32, "small"): Config(32, 256, 1, 4),
+    (1, 16, "deep"): Config(32, 128, 1, 6),
+    (1, 32, "small"): Config(32, 128, 1, 6),
     (1, 32, "wide"): Config(64, 256, 2, 3),
-    (1, 32, "deep"): Config(32, 256, 1, 4),
+    (1, 32, "deep"): Config(32, 128, 1, 6),
     (1, 64, "small"): Config(32, 128, 2, 4),
     (1, 64, "wide"): Config(64, 128, 4, 4),
     (1, 64, "deep"): Config(64, 128, 4, 4),
 }
+# AMD's compiler spills registers where one or two waves have a tile.
+AMD: Final = Config(64, 64, 4, 2)
 # Bytes of shared memory that every card has for one program, AMD's being the least.
 SHARED_BYTES = 65536
 
@@ -301,6 +303,8 @@ def bucket_of(M: int) -> int:
 
 def configure(M: int, N: int, K: int, weight_bytes: int) -> Config:
     """The configuration for M <= MAX_ROWS rows of x and a weight [N, K]."""
+    if torch.version.hip is not None and M > 1:
+        return AMD
     shape = "deep" if K >= 8192 else "wide" if N >= 16384 else "small"
     return CONFIGS[weight_bytes, bucket_of(M), shape]
 
@@ -325,7 +329,11 @@ def constants(
     overlap: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel of a fitted configuration, and launch settings beside them."""
-    block_n = max(1 if config.stages == 0 else 16, config.block_n // 2) if gated else config.block_n
+    block_n, block_k = config.block_n, config.block_k
+    if gated and (config.stages == 0 or block_n > 16):
+        block_n = max(1, block_n // 2)
+    elif gated:
+        block_k = max(32, block_k // 2)
     settings: dict[str, Any] = {
         "SCALED": scaled,
         "HAS_BIAS": has_bias,
@@ -333,9 +341,9 @@ def constants(
         "ACTIVATION": activation,
         "GATED": gated,
         "OVERLAP": overlap,
-        "EVEN_K": K % config.block_k == 0,
+        "EVEN_K": K % block_k == 0,
         "BLOCK_N": block_n,
-        "BLOCK_K": config.block_k,
+        "BLOCK_K": block_k,
         "num_warps": config.warps,
     }
     if overlap:
