@@ -185,6 +185,19 @@ def test_many_rows_of_int8_are_its_layers_own() -> None:
     assert torch.equal(join(layers)(x), expected)
 
 
+def test_double_quantized_scales_keep_their_offsets() -> None:
+    rows = 256 * 64 // K
+    layers = layers_of(QuantConfig("nf4", double_quant=True), (rows, 2 * rows, 48))
+    before, x = raw(layers), torch.randn(3, K)
+    expected = exact(layers, x)
+    joined = join(layers, tile=True)
+    assert joined.reason is None
+    assert torch.allclose(joined(x).double(), expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+    assert joined.is_intact()
+    joined.split()
+    assert same(raw(layers), before)
+
+
 def test_what_is_not_one_product_runs_one_by_one() -> None:
     torch.manual_seed(0)
     nested = QuantConfig("nf4", double_quant=True)
@@ -204,7 +217,7 @@ def test_what_is_not_one_product_runs_one_by_one() -> None:
     plain, nf4, int8 = None, QuantConfig("nf4"), QuantConfig("int8")
     assert "no plain linear layer, or has hooks" in reason_of([nn.Linear(K, 16), hooked])
     assert "different kinds: Linear, QuantLinear4bit" in reason_of([layer_of(plain, 16), layer_of(nf4, 16)])
-    assert "offset of their own" in reason_of(layers_of(nested, (16, 16)))
+    assert "scales of 16 rows are no multiple of 256" in reason_of(layers_of(nested, (16, 16)))
     assert "40 rows are no multiple of 16" in reason_of(layers_of(nf4, (40, 40)))
     assert "rows on a CPU" in reason_of(layers_of(nf4), tile=False)
     assert "computes in torch.bfloat16" in reason_of(layers_of(int8, compute_dtype=torch.bfloat16))

@@ -17,6 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from onegpu.config import NESTED_BLOCKSIZE
 from onegpu.formats.tiling import TILE_ROWS
 from onegpu.kernels import linear_8bit, linear_8bit_rows, linear_16bit
 from onegpu.kernels.tail import apply_tail
@@ -83,7 +84,7 @@ class Joined:
         first = self.modules[0]
         if isinstance(first, QuantLinear4bit):
             spec = first.spec
-            y = linear_4bit_tiled(
+            return linear_4bit_tiled(
                 x,
                 buffers.weight,
                 buffers.scales,  # type: ignore[arg-type]
@@ -91,12 +92,12 @@ class Joined:
                 self.out_features,
                 spec.quant_type,
                 spec.blocksize,
-                *(buffers.nested or (None, None, None)),
-                overlap=overlap,  # type: ignore[misc]
+                *(buffers.nested or (None, None, None)),  # type: ignore[misc]
+                residual=residual,
+                activation=activation,
+                gated=gated,
+                overlap=overlap,
             )
-            if residual is None and activation is None:
-                return y
-            return apply_tail(y.float(), residual, activation, gated, x.dtype)
         if isinstance(first, QuantLinear8bit):
             assert buffers.scales is not None
             if x.numel() <= FEW_ROWS * x.shape[-1]:
@@ -211,12 +212,32 @@ def why_not_joined_4bit(modules: Sequence[QuantLinear], tile: bool) -> str | Non
     if len({(m.spec.quant_type, m.spec.blocksize, m.spec.nested) for m in modules}) > 1:
         return "the layers differ in their 4-bit format"
     if len(modules) > 1:
-        if modules[0].spec.nested:
-            return "double-quantized scales have an offset of their own in each layer"
         for module in modules:
             if module.out_features % TILE_ROWS:
                 return f"{module.out_features} rows are no multiple of {TILE_ROWS}"
+        if modules[0].spec.nested:
+            return why_not_joined_scales(modules)
     return None
+
+
+def why_not_joined_scales(modules: Sequence[QuantLinear]) -> str | None:
+    """The part that is about double-quantized scales: a factor must not stand for blocks of two layers."""
+    for module in modules[:-1]:
+        if module.out_features * (module.in_features // module.spec.blocksize) % NESTED_BLOCKSIZE:
+            return f"the scales of {module.out_features} rows are no multiple of {NESTED_BLOCKSIZE}"
+    codes = [module.held["nested_code"] for module in modules]
+    if not all(torch.equal(code, codes[0]) for code in codes):
+        return "the layers' double-quantized scales have different codebooks"
+    return None
+
+
+def joined_nested(modules: Sequence[QuantLinear4bit]) -> tuple[Tensor, ...]:
+    """The float32 part of double-quantized scales of all layers; with several, an offset for each row tile."""
+    held = [module.held for module in modules]
+    if len(modules) == 1:
+        return tuple(held[0][name] for name in NESTED)
+    offsets = [part["nested_offset"].repeat(m.out_features // TILE_ROWS) for part, m in zip(held, modules, strict=True)]
+    return torch.cat([part["nested_absmax"] for part in held]), held[0]["nested_code"], torch.cat(offsets)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -232,8 +253,8 @@ def make_buffers(joined: Joined) -> Buffers:
     bias = joined_bias(modules)
     if isinstance(modules[0], QuantLinear4bit):
         weight, scales = tiled_buffers(joined)
-        first = modules[0]
-        nested = tuple(first.held[name] for name in NESTED) if first.spec.nested else ()
+        quantized: list[QuantLinear4bit] = list(modules)  # type: ignore[arg-type]
+        nested = joined_nested(quantized) if quantized[0].spec.nested else ()
         return Buffers(weight, bias, scales, nested)
     if len(modules) == 1:
         own = own_tensors(modules[0])
