@@ -56,25 +56,29 @@ class Rotary:
     Attributes:
         layer_type: what the module wants to be told, None if nothing.
         interleaved: a pair lies side by side, not half the rotated part away.
-        repeated: the module gives each angle in both halves, where pairs side by side want it twice in a row.
+        given: how the module gives each angle: "halves" (in both halves), "pairs" (twice in a row), "once".
         max_positions: beyond so many the frequencies depend on the length of the sequence; None if never.
     """
 
     module: nn.Module
     layer_type: str | None
     interleaved: bool
-    repeated: bool
+    given: str
     max_positions: int | None
 
     def cos_sin(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [n, R] for position_ids [n], in `dtype` as the module rounds them."""
+        """cos and sin [n, R] for position_ids [n], each angle where `interleaved` wants it; rounded to `dtype`."""
         like = torch.empty(1, dtype=dtype, device=position_ids.device)
         extra = () if self.layer_type is None else (self.layer_type,)
-        cos, sin = (part[0] for part in self.module(like, position_ids[None], *extra))
-        if not self.repeated:
-            return cos, sin
-        half = cos.shape[-1] // 2
-        return cos[:, :half].repeat_interleave(2, -1), sin[:, :half].repeat_interleave(2, -1)
+        cos, sin = (self.spread(part[0]) for part in self.module(like, position_ids[None], *extra))
+        return cos, sin
+
+    def spread(self, angles: Tensor) -> Tensor:
+        """[n, R] from what the module gives."""
+        if (self.given, self.interleaved) in (("halves", False), ("pairs", True)):
+            return angles
+        once = angles if self.given == "once" else angles[:, : angles.shape[-1] // 2]
+        return once.repeat_interleave(2, -1) if self.interleaved else torch.cat((once, once), -1)
 
     def table(self, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """[capacity, 2, R]: cos and sin of every position of a slot.

@@ -1,11 +1,12 @@
-"""The fused step against the plain model on random tokens, before it is used: layer by layer, then from end to end.
+"""The fused step against the plain model on random tokens, before it is used: half a layer at a time, then all of it.
 
-Each layer is given the plain layer's own input, so that a difference is that layer's. The bound follows from what the
-two ways can differ in: both round about 24 times in a layer (norms 2 each, products 4, rotation 3, attention 2, gate 2,
-sums 2, ...), so 48 roundings of at most u, the unit roundoff, and u / sqrt(3) on average, which add up as their squares
-do: 4 u. Three times that, for the largest element instead of the average one, is what is allowed: 12 u of the largest
-change that the layer makes, and sqrt(layers + 1) times as much of the largest logit from end to end. Sums over
-thousands of float32 products differ by more than 12 u, so in float32 it is 1e-4.
+Each half is given the plain model's own input, so that a difference is that half's. The bound follows from what the two
+ways can differ in. Attention's half rounds at most 15 times (norm 2, qkv, heads' norm 2, rotation 3, scores,
+probabilities, their sum, o, norm behind it 2, residual sum), in both ways 30 times, each by u / sqrt(3) on average with
+u the unit roundoff; they add up as their squares do: 3.2 u. The MLP's half rounds less. Twice that, for the largest
+element instead of the average one, is what is allowed: 6 u of the largest change that the half makes. From end to end
+it is sqrt(2 * layers + 1) times as much of the largest logit. Sums over thousands of float32 products differ by more
+than 6 u, so in float32 it is 1e-4.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.decoder.cache import KVCache, LayerShape
-from onegpu.decoder.fused.plan import FusedPlan
+from onegpu.decoder.fused.plan import FusedPlan, LayerPlan
 from onegpu.decoder.fused.probe import ModuleCall, watched
 from onegpu.decoder.fused.step import FusedStep
 from onegpu.errors import OneGpuError
@@ -33,9 +34,9 @@ SEED: Final = 0
 ALL_OUTLIERS: Final = 1e-30
 
 
-def proof_tolerance(dtype: torch.dtype, layers: int = 1) -> float:
-    """Largest difference allowed after so many layers, as a part of the largest value; see above."""
-    return float(max(12 * torch.finfo(dtype).eps / 2, 1e-4) * (1 if layers == 1 else (layers + 1) ** 0.5))
+def proof_tolerance(dtype: torch.dtype, halves: int = 1) -> float:
+    """Largest difference allowed after so many halves of a layer, as a part of the largest value; see above."""
+    return float(max(6 * torch.finfo(dtype).eps / 2, 1e-4) * halves**0.5)
 
 
 def prove(plan: FusedPlan) -> str | None:
@@ -58,7 +59,9 @@ def prove(plan: FusedPlan) -> str | None:
 
 def plain_run(plan: FusedPlan, tokens: Tensor) -> tuple[Tensor, dict[nn.Module, ModuleCall]]:
     """Logits [ROWS, STEPS, V] of the plain model without a cache, and what its layers were given and gave."""
-    modules = [plan.names[layer.name] for layer in plan.layers] + [layer.mlp for layer in plan.layers]
+    modules: list[nn.Module] = []
+    for layer in plan.layers:
+        modules += [plan.names[layer.name], middle_of(layer)]
     calls: list[ModuleCall] = []
     with torch.no_grad(), exact_int8(plan), watched([*modules, plan.norm.module], calls):
         logits: Tensor = plan.model(input_ids=tokens, use_cache=False).logits
@@ -90,7 +93,7 @@ def compare(plan: FusedPlan, tokens: Tensor, logits: Tensor, calls: dict[nn.Modu
     places = [torch.full((ROWS,), index, dtype=torch.int32, device=plan.device) for index in range(STEPS)]
     with torch.no_grad():
         for index in range(len(plan.layers)):
-            reason = compare_layer(step, index, places, calls)
+            reason = compare_halves(step, index, places, calls)
             if reason is not None:
                 return reason
         last = calls[plan.norm.module].given
@@ -101,32 +104,41 @@ def compare(plan: FusedPlan, tokens: Tensor, logits: Tensor, calls: dict[nn.Modu
     if plan.experts_configs and plan.dtype is not torch.float32:
         # Where two experts are nearly as good, a rounding decides between them; each layer has been compared.
         return None
-    return beyond(got, logits, plan, "the whole step", len(plan.layers))
+    return beyond(got, logits, plan, "the whole step", 2 * len(plan.layers) + 1)
 
 
-def compare_layer(step: FusedStep, index: int, places: list[Tensor], calls: dict[nn.Module, ModuleCall]) -> str | None:
-    """One layer on the plain layer's input; with an MLP of its own, what that is given."""
+def middle_of(layer: LayerPlan) -> nn.Module:
+    """The module that is given the hidden states between the halves."""
+    return layer.mlp if layer.mlp_norm is None else layer.mlp_norm.module
+
+
+def compare_halves(step: FusedStep, index: int, places: list[Tensor], calls: dict[nn.Module, ModuleCall]) -> str | None:
+    """Both halves of a layer on what the plain layer's are given; an MLP run by its own forward is not compared."""
     plan, layer = step.plan, step.plan.layers[index]
     whole = calls[plan.names[layer.name]]
-    got = []
-    for position, place in enumerate(places):
-        given, angles = whole.given[:, position], step.angles(place)
-        if layer.down is None:
-            got.append(step.normed(layer.mlp_norm, step.attention(index, given, place, angles)))
-        else:
-            got.append(step.layer(index, given, place, angles) - given)
-    fused = torch.stack(got, dim=1)
-    plain = calls[layer.mlp].given.view_as(fused) if layer.down is None else whole.output - whole.given
-    # The sums round what the layer adds to, too.
-    slack = 0.0 if layer.down is None else torch.finfo(plan.dtype).eps * float(whole.output.abs().max())
-    return beyond(fused, plain, plan, layer.name, slack=slack)
+    middle = calls[middle_of(layer)].given.view_as(whole.given)
+    attended = [
+        step.attention(index, whole.given[:, position], place, step.angles(place))
+        for position, place in enumerate(places)
+    ]
+    reason = compare_change(plan, whole.given, middle, torch.stack(attended, dim=1), f"attention of {layer.name}")
+    if reason is not None or layer.down is None:
+        return reason
+    last = step.mlp(layer, middle.flatten(0, 1)).view_as(middle)
+    return compare_change(plan, middle, whole.output, last, f"the MLP of {layer.name}")
+
+
+def compare_change(plan: FusedPlan, before: Tensor, plain: Tensor, fused: Tensor, what: str) -> str | None:
+    """What a half adds to the hidden states; their sum is rounded too."""
+    slack = torch.finfo(plan.dtype).eps * float(plain.abs().max())
+    return beyond(fused.double() - before, plain.double() - before, plan, what, slack=slack)
 
 
 def beyond(
-    got: Tensor, expected: Tensor, plan: FusedPlan, what: str, layers: int = 1, slack: float = 0.0
+    got: Tensor, expected: Tensor, plan: FusedPlan, what: str, halves: int = 1, slack: float = 0.0
 ) -> str | None:
-    """The reason where two results differ by more than the roundings of so many layers. Never lets a NaN pass."""
-    tolerance = proof_tolerance(plan.dtype, layers)
+    """The reason where two results differ by more than the roundings of so many halves. Never lets a NaN pass."""
+    tolerance = proof_tolerance(plan.dtype, halves)
     largest = float(expected.double().abs().max())
     difference = float((got.double() - expected.double()).abs().max())
     if difference <= tolerance * largest + slack:

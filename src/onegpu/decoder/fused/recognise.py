@@ -21,6 +21,8 @@ from onegpu.nn.joined import is_plain_linear
 
 __all__ = ["recognise"]
 
+# How angles are given, and whether they turn pairs side by side.
+ANGLES: Final = ((False, "halves"), (True, "halves"), (True, "pairs"), (False, "once"), (True, "once"))
 FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -296,15 +298,15 @@ class Reader:
             kinds = sorted(set(types), key=lambda kind: kind != own) if "layer_type" in names[2:] else [None]
             kinds = [kind for kind in kinds if kind is None or hasattr(module, f"{kind}_inv_freq")] or [None]
             for kind in kinds:
-                for interleaved, repeated in ((False, False), (True, True), (True, False)):
-                    found.append(Rotary(module, kind, interleaved, repeated, self.length_dependent()))
+                for interleaved, given in ANGLES:
+                    found.append(Rotary(module, kind, interleaved, given, self.length_dependent()))
         return found
 
     def remember(self, rotary: Rotary) -> int:
         """The index of a rotary embedding in the plan, once for all layers that share it."""
-        key = (rotary.module, rotary.layer_type, rotary.interleaved, rotary.repeated)
+        key = (rotary.module, rotary.layer_type, rotary.interleaved, rotary.given)
         for index, known in enumerate(self.rotaries):
-            if (known.module, known.layer_type, known.interleaved, known.repeated) == key:
+            if (known.module, known.layer_type, known.interleaved, known.given) == key:
                 return index
         self.rotaries.append(rotary)
         return len(self.rotaries) - 1

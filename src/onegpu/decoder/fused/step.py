@@ -54,8 +54,9 @@ class FusedStep:
         with torch.no_grad(), experts_for_decoding(self.plan.experts_configs):
             hidden = self.embed(tokens)
             angles = self.angles(positions)
-            for index in range(len(self.plan.layers)):
-                hidden = self.layer(index, hidden, positions, angles)
+            for index, layer in enumerate(self.plan.layers):
+                hidden = self.attention(index, hidden, positions, angles)
+                hidden = self.mlp(layer, hidden)
             return self.logits(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -72,22 +73,8 @@ class FusedStep:
         found = [table.index_select(0, rows) for table in self.tables]
         return [(both[:, 0], both[:, 1]) for both in found]
 
-    def layer(self, index: int, hidden: Tensor, positions: Tensor, angles: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """[B, hidden] to [B, hidden] through one layer."""
-        layer = self.plan.layers[index]
-        assert layer.products is not None
-        hidden = self.attention(index, hidden, positions, angles)
-        x = self.normed(layer.mlp_norm, hidden)
-        if layer.products.gate_up is None or layer.products.down is None:
-            return self.add(hidden, own_mlp(layer, x), layer.post_mlp_norm, layer.residual_multiplier)
-        x = layer.products.gate_up(x, activation=layer.activation, gated=True, overlap=self.overlap)
-        if layer.post_mlp_norm is None and layer.residual_multiplier == 1.0:
-            return layer.products.down(x, residual=hidden, overlap=self.overlap)
-        y = layer.products.down(x, overlap=self.overlap)
-        return self.add(hidden, y, layer.post_mlp_norm, layer.residual_multiplier)
-
     def attention(self, index: int, hidden: Tensor, positions: Tensor, angles: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The first half of a layer."""
+        """The first half of a layer: [B, hidden] to [B, hidden]."""
         layer, cache = self.plan.layers[index], self.kv.layers[index]
         assert layer.products is not None
         qkv = layer.products.qkv(self.normed(layer.input_norm, hidden), overlap=self.overlap)
@@ -120,6 +107,18 @@ class FusedStep:
             return layer.products.o(x, residual=hidden, overlap=self.overlap)
         y = layer.products.o(x, overlap=self.overlap)
         return self.add(hidden, y, layer.post_attention_norm, layer.residual_multiplier)
+
+    def mlp(self, layer: LayerPlan, hidden: Tensor) -> Tensor:
+        """The second half of a layer: [B, hidden] to [B, hidden]."""
+        assert layer.products is not None
+        x = self.normed(layer.mlp_norm, hidden)
+        if layer.products.gate_up is None or layer.products.down is None:
+            return self.add(hidden, own_mlp(layer, x), layer.post_mlp_norm, layer.residual_multiplier)
+        x = layer.products.gate_up(x, activation=layer.activation, gated=True, overlap=self.overlap)
+        if layer.post_mlp_norm is None and layer.residual_multiplier == 1.0:
+            return layer.products.down(x, residual=hidden, overlap=self.overlap)
+        y = layer.products.down(x, overlap=self.overlap)
+        return self.add(hidden, y, layer.post_mlp_norm, layer.residual_multiplier)
 
     def norm_all_heads(self, layer: LayerPlan, qkv: Tensor) -> Tensor:
         """Queries and keys normed over all heads at once, as OLMo 2 has it."""
