@@ -247,3 +247,22 @@ def test_tiled_layers_are_joined_as_they_are() -> None:
     joined.split()
     assert [layer.is_tiled for layer in layers] == [False, True, False]
     assert same(raw(layers), before)
+
+
+def test_double_quantized_scales_loaded_in_place_are_noticed() -> None:
+    """Part of the joint scales is a copy: a layer whose state is written to is not joined any more."""
+    layers = layers_of(QuantConfig("nf4", double_quant=True), (128, 128))
+    others = [layer_of(QuantConfig("nf4", double_quant=True), 128) for _ in range(2)]
+    joined = join(layers, tile=True)
+    assert joined.reason is None
+    assert joined.is_intact()
+    joined(torch.randn(2, K))
+    assert joined.is_intact()
+    layers[1].load_state_dict(others[1].state_dict())
+    assert not joined.is_intact()
+    expected = raw([layers[0], others[1]])
+    joined.split()
+    assert same(raw(layers), expected)
+    x = torch.randn(2, K)
+    again = join(layers, tile=True)
+    assert torch.allclose(again(x).double(), exact(layers, x), rtol=0, atol=1e-5)

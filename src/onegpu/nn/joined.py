@@ -40,6 +40,8 @@ class Buffers:
     bias: Tensor | None
     scales: Tensor | None = None
     nested: tuple[Tensor, ...] = ()
+    # The layers' own nested tensors where the joint ones are copies, and how often each had been written by then.
+    copied: tuple[tuple[Tensor, int], ...] = ()
 
 
 class Joined:
@@ -109,12 +111,19 @@ class Joined:
         return linear_16bit(x, buffers.weight, buffers.bias, residual, activation, gated, overlap)
 
     def is_intact(self) -> bool:
-        """Whether the layers' tensors still are the parts of the joint ones: nobody moved, replaced or cast them."""
+        """Whether the layers' tensors still are the parts of the joint ones: nobody moved, replaced or cast them.
+
+        Double-quantized scales of several layers are copies in part: writing to those of a layer counts too.
+        """
         buffers = self.buffers
         if buffers is None:
             return True
         joint = [buffers.weight, *([] if buffers.scales is None else [buffers.scales])]
         places = [tensor.data_ptr() for tensor in joint]
+        if buffers.copied:
+            now = nested_tensors(self.modules)
+            if any(a is not b or a._version != version for a, (b, version) in zip(now, buffers.copied, strict=True)):
+                return False
         bias_place = None if buffers.bias is None else buffers.bias.data_ptr()
         for module in self.modules:
             if isinstance(module, QuantLinear4bit) and not module.is_tiled:
@@ -240,6 +249,12 @@ def joined_nested(modules: Sequence[QuantLinear4bit]) -> tuple[Tensor, ...]:
     return torch.cat([part["nested_absmax"] for part in held]), held[0]["nested_code"], torch.cat(offsets)
 
 
+def nested_tensors(modules: Sequence[nn.Linear]) -> list[Tensor]:
+    """The layers' own nested tensors."""
+    held = [module.held for module in modules if isinstance(module, QuantLinear4bit)]
+    return [part[name] for part in held for name in NESTED]
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """A linear layer of torch or ours, with no hook and no forward of its own: nothing would be passed over."""
     return type(module) in (nn.Linear, QuantLinear4bit, QuantLinear8bit) and not (
@@ -255,7 +270,8 @@ def make_buffers(joined: Joined) -> Buffers:
         weight, scales = tiled_buffers(joined)
         quantized: list[QuantLinear4bit] = list(modules)  # type: ignore[arg-type]
         nested = joined_nested(quantized) if quantized[0].spec.nested else ()
-        return Buffers(weight, bias, scales, nested)
+        copied = nested_tensors(modules) if len(modules) > 1 and nested else []
+        return Buffers(weight, bias, scales, nested, tuple((tensor, tensor._version) for tensor in copied))
     if len(modules) == 1:
         own = own_tensors(modules[0])
         return Buffers(own[0], bias, own[1] if len(own) > 1 else None)
