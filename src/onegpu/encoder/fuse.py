@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, linear
 
 from onegpu.encoder.calls import MethodCall
 from onegpu.kernels.encoder_ops import MAX_NORM_SIZE, add_layer_norm, gelu_, linear_gelu
+from onegpu.nn import Joined, join
 
 if TYPE_CHECKING:
     from onegpu.encoder.stack import Stack
@@ -119,8 +120,7 @@ class QkvGroup:
         self.stack = stack
         self.parts: list[nn.Linear] = [getattr(parent, name) for name in names]
         self.calls = [QkvCall(part, self, index) for index, part in enumerate(self.parts)]
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
+        self.joined: Joined | None = None
         self.given: Tensor | None = None
         self.results: tuple[Tensor, ...] = ()
 
@@ -137,56 +137,26 @@ class QkvGroup:
 
     def join(self) -> None:
         """Lay the three weights (and biases) one behind another, each parameter a view of its part."""
-        with torch.no_grad():
-            self.weight = torch.cat([part.weight for part in self.parts])
-            biases = [part.bias for part in self.parts]
-            N = self.parts[0].out_features
-            self.bias = None
-            if any(bias is not None for bias in biases):
-                zeros = self.weight.new_zeros(N)
-                self.bias = torch.cat([zeros if bias is None else bias for bias in biases])
-            for index, part in enumerate(self.parts):
-                part.weight.data = self.weight[index * N : (index + 1) * N]
-                if part.bias is not None and self.bias is not None:
-                    part.bias.data = self.bias[index * N : (index + 1) * N]
+        self.joined = join(self.parts)
 
     def split(self) -> None:
         """Give each parameter memory of its own again, with the values it has now."""
-        with torch.no_grad():
-            for part in self.parts:
-                for parameter in (part.weight, part.bias):
-                    if parameter is not None and parameter.untyped_storage().nbytes() != parameter.nbytes:
-                        parameter.data = parameter.data.clone()
-        self.weight = self.bias = None
-
-    def is_joined(self) -> bool:
-        """Whether the parameters are still the views made by `join`."""
-        if self.weight is None:
-            return False
-        step = self.parts[0].weight.nbytes
-        start = self.weight.data_ptr()
-        for index, part in enumerate(self.parts):
-            if part._parameters["weight"].data_ptr() != start + index * step:  # type: ignore[union-attr]
-                return False
-            if part.bias is not None and (
-                self.bias is None or part.bias.data_ptr() != self.bias.data_ptr() + index * part.bias.nbytes
-            ):
-                return False
-        return self.weight.dtype == self.parts[0].weight.dtype
+        if self.joined is not None:
+            self.joined.split()
+        self.joined = None
 
     def project(self, index: int, x: Tensor) -> Tensor | None:
         """Part `index` of the joint product of x, None where it can't be had."""
         if index == 0:
-            if (
-                not is_active(self.stack, x)
-                or not self.is_joined()
-                or self.weight is None
-                or x.dtype != self.weight.dtype
-            ):
+            joined = self.joined
+            if joined is None or joined.buffers is None or not is_active(self.stack, x):
+                self.given = None
+                return None
+            if x.dtype != joined.dtype or not joined.is_intact():
                 self.given = None
                 return None
             self.given = x
-            self.results = linear(x, self.weight, self.bias).chunk(3, dim=-1)
+            self.results = linear(x, joined.buffers.weight, joined.buffers.bias).chunk(3, dim=-1)
         if self.given is not x:
             return None
         result = self.results[index]
