@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +53,3 @@ def test_eval_refuses_what_cannot_be(call: Call, tiny: Path, options: tuple[Any,
     result = call("eval", tiny, "--device", "cpu", *options)
     assert result.exit_code == 1
     assert words in result.stderr
-
-
-def test_bench_generate_prints_a_table(call: Call, tiny: Path) -> None:
-    result = call("bench", "generate", tiny, "--runs", 1, "-n", 4, "--prompt-tokens", 8, "--device", "cpu")
-    assert result.exit_code == 0, result.output
-    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:]] == ["nf4", "16bit", "fp32"]
-    assert "batch 1, greedy, 8 + 4 tokens, median of 1" in result.stderr
-
-
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-def test_bench_generate_measures_peers_in_the_same_run(call: Call, tiny: Path) -> None:
-    result = call(
-        "bench", "generate", tiny, "--formats", "nf4", "--peers", "--runs", 2, "-n", 3, "--json", "--device", "cpu"
-    )
-    said = json.loads(result.stdout)
-    assert [row["format"] for row in said["rows"]] == ["nf4", "bitsandbytes:nf4"]
-    assert all(row["new_tokens"] == 3 and row["runs"] == 2 and row["tokens_per_second"] > 0 for row in said["rows"])
-    assert said["versions"]["bitsandbytes"]
-    assert said["threads"] >= 1

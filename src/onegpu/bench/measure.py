@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Timing", "TokenClock", "dense_bytes", "synchronize", "weight_bytes"]
+__all__ = ["Timing", "TokenClock", "dense_bytes", "step_bytes", "synchronize", "weight_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,35 @@ def attached(state: object) -> Iterator[torch.Tensor]:
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of every weight as stored now: codes, scales, value tables, and what stayed in 16 bit."""
     return sum(tensor.untyped_storage().nbytes() for tensor in stored_tensors(model))
+
+
+def step_bytes(model: Any, batch: int, context: int, kv_dtype: str = "16bit") -> int | None:
+    """Bytes that a decode step of `batch` sequences must read: each weight once, and `context` keys and values of each.
+
+    Of an embedding table that is no output head only the rows looked up are read, and of a layer's experts no more than
+    were chosen. None for a model whose config does not tell its keys and values.
+    """
+    from torch import nn
+
+    from onegpu.errors import ConfigError
+    from onegpu.memory.geometry import read_geometry
+    from onegpu.memory.runtime import kv_bytes
+
+    try:
+        geometry = read_geometry(model.config.to_dict())
+    except ConfigError:
+        return None
+    head = model.get_output_embeddings()
+    heads = set() if head is None else {tensor.untyped_storage().data_ptr() for tensor in head.parameters()}
+    read = weight_bytes(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.weight.untyped_storage().data_ptr() not in heads:
+            read -= module.weight.nbytes
+            read += batch * module.weight.nbytes // max(module.num_embeddings, 1)
+        elif name.rpartition(".")[2] == "experts" and geometry.experts:
+            share = min(1.0, batch * geometry.chosen / geometry.experts)
+            read -= int(weight_bytes(module) * (1 - share))
+    return read + kv_bytes(geometry, context, batch, kv_dtype)
 
 
 def dense_bytes(config: Any) -> int:

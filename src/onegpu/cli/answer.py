@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from onegpu.bench.environment import describe_device, versions
-from onegpu.bench.measure import Timing, dense_bytes, weight_bytes
+from onegpu.bench.generate import path_of
+from onegpu.bench.measure import Timing, dense_bytes, step_bytes, weight_bytes
 from onegpu.cli.models import Loaded
 from onegpu.cli.options import Sampling
 from onegpu.cli.streaming import TextStream
 from onegpu.errors import ConfigError
 
-__all__ = ["Answer", "Message", "answer", "as_document", "closing_line", "messages_for"]
+__all__ = [
+    "Answer",
+    "Message",
+    "answer",
+    "as_document",
+    "bandwidth_share",
+    "closing_line",
+    "messages_for",
+    "speed_line",
+]
 
 Message = Mapping[str, str]
 
@@ -89,17 +99,42 @@ def closing_line(loaded: Loaded, given: Answer) -> str:
     from onegpu.loading.placement import format_bytes
 
     before, after = dense_bytes(loaded.model.config), weight_bytes(loaded.model)
-    speed = given.timing.tokens_per_second
     return " · ".join(
         (
             loaded.format,
             f"weights {format_bytes(before)} in 16 bit -> {format_bytes(after)}",
             f"loaded in {loaded.load_seconds:.1f} s",
-            f"first token {given.timing.ttft_ms:.0f} ms",
-            "one token" if speed is None else f"{speed:.1f} tok/s",
+            speed_line(loaded, given),
             describe_device(loaded.model.device),
         )
     )
+
+
+def speed_line(loaded: Loaded, given: Answer) -> str:
+    """First token, decode speed, and its share of what the GPU's memory allows, where that is known."""
+    speed, share = given.timing.tokens_per_second, bandwidth_share(loaded.model, given.timing)
+    said = "one token" if speed is None else f"{speed:.1f} tok/s"
+    if share is not None:
+        said += f", {share:.0%} of the bandwidth limit"
+    return f"first token {given.timing.ttft_ms:.0f} ms · {said}"
+
+
+def bandwidth_share(model: Any, timing: Timing) -> float | None:
+    """Bytes that the steps had to read, over what the GPU's datasheet lets it read in that time; None if unknown."""
+    import torch
+
+    from onegpu.memory import find_gpu
+
+    if timing.tpot_ms is None or timing.tpot_ms <= 0 or model.device.type != "cuda":
+        return None
+    try:
+        bandwidth = find_gpu(torch.cuda.get_device_name(model.device)).bandwidth
+    except ConfigError:
+        return None
+    read = step_bytes(model, 1, timing.prompt_tokens + timing.new_tokens // 2)
+    if read is None or bandwidth is None:
+        return None
+    return read / bandwidth / (timing.tpot_ms / 1e3)
 
 
 def as_document(loaded: Loaded, given: Answer) -> dict[str, object]:
@@ -112,6 +147,8 @@ def as_document(loaded: Loaded, given: Answer) -> dict[str, object]:
         "finish_reason": given.finish_reason,
         **given.timing.as_row(),
         "load_seconds": round(loaded.load_seconds, 3),
+        "bandwidth_share": bandwidth_share(loaded.model, given.timing),
+        "path": path_of(loaded.model),
         "weight_bytes": weight_bytes(loaded.model),
         "weight_bytes_16bit": dense_bytes(loaded.model.config),
         "device": describe_device(loaded.model.device),

@@ -1,4 +1,4 @@
-"""`onegpu bench generate MODEL`: decode speed beside plain Transformers, and beside bitsandbytes with --peers."""
+"""`onegpu bench`: what each command of the family measures, and the time that loading takes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from onegpu.cli.bench_encode import encode
+from onegpu.cli.bench_generate import generate
 from onegpu.cli.bench_kernels import kernels
 from onegpu.cli.options import AsJson, Device, Model, RemoteCode
 
 __all__ = ["build_app"]
 
-FORMATS = "nf4,16bit,fp32"
 LOADS = "nf4,nf4+double,nf4+search,int8,16bit"
 PEERS = "bitsandbytes:nf4"
 
@@ -31,50 +31,6 @@ def build_app() -> typer.Typer:
 
 def family() -> None:
     """Measure speed on this machine."""
-
-
-def generate(
-    model: Model,
-    formats: Annotated[str, typer.Option("--formats", help="What to compare; see `onegpu eval --help`.")] = FORMATS,
-    peers: Annotated[bool, typer.Option("--peers", help=f"Add {PEERS}, if bitsandbytes is installed.")] = False,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 64,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2)] = 64,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds measured, after one to warm up.")] = 5,
-    device: Device = "auto",
-    trust_remote_code: RemoteCode = False,
-    as_json: AsJson = False,
-) -> None:
-    """Tokens per second at batch 1, greedy. All models are in memory at once and take turns."""
-    from onegpu.bench.contenders import parse_contenders
-    from onegpu.bench.environment import environment
-    from onegpu.bench.evaluate import default_text
-    from onegpu.bench.generate import measure_speed, speed_prompt
-    from onegpu.bench.measure import weight_bytes
-    from onegpu.cli.console import print_document, quiet_libraries, say
-    from onegpu.cli.models import ModelName, load_tokenizer, placement
-    from onegpu.cli.run import to_stdout
-
-    contenders = parse_contenders(f"{formats},{PEERS}" if peers else formats)
-    name = ModelName.parse(model)
-    where = placement(device)
-    quiet_libraries()
-    prompt = speed_prompt(load_tokenizer(name, trust_remote_code), default_text(), prompt_tokens)
-    arguments = name.arguments(trust_remote_code) | {"device_map": where}
-    models: dict[str, Any] = {}
-    for contender in contenders:
-        say(f"loading {contender.label}")
-        models[contender.label] = contender.load(name.name, **arguments)
-    speeds = measure_speed(models, prompt, max_new_tokens=max_new_tokens, runs=runs, progress=say)
-    rows = [
-        {"format": label, "weight_bytes": weight_bytes(models[label]), **asdict(speed)}
-        for label, speed in speeds.items()
-    ]
-    facts = environment(next(iter(models.values())).device)
-    if as_json:
-        print_document({"model": name.name, **facts, "rows": rows})
-    else:
-        to_stdout(table(rows))
-        say(f"{facts['device']}; batch 1, greedy, {prompt_tokens} + {max_new_tokens} tokens, median of {runs}")
 
 
 def load_times(
@@ -123,14 +79,3 @@ def torch_device(device: str) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| format | weights, MiB | first token, ms | tok/s | slowest - fastest |", "| --- " * 5 + "|"]
-    for row in rows:
-        lines.append(
-            f"| {row['format']} | {row['weight_bytes'] / 2**20:.1f} | {row['ttft_ms']:.0f} "
-            f"| {row['tokens_per_second']:.1f} | {row['slowest']:.1f} - {row['fastest']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ from onegpu.cli.options import (
     DoubleQuant,
     MaxNewTokens,
     Model,
+    Plain,
     QuantizationOption,
     RemoteCode,
     Sampling,
@@ -41,6 +42,7 @@ def chat(
     seed: Seed = 0,
     device: Device = "auto",
     system: System = None,
+    plain: Plain = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Talk with a model. Questions come from stdin, answers go to stdout."""
@@ -50,7 +52,8 @@ def chat(
 
     config = quant_config(quantization, double_quant, scale_search)
     chosen = quantization is not None or double_quant or scale_search
-    loaded = load(ModelName.parse(model), config, chosen=chosen, device=device, trust_remote_code=trust_remote_code)
+    name = ModelName.parse(model)
+    loaded = load(name, config, chosen=chosen, device=device, fast=not plain, trust_remote_code=trust_remote_code)
     if not loaded.tokenizer.chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it cannot hold a conversation", "use `onegpu run`")
     say(COMMANDS)
@@ -59,7 +62,7 @@ def chat(
 
 def converse(loaded: Loaded, sampling: Sampling, system: str | None) -> None:
     """Question, answer, question, until the questions end."""
-    from onegpu.cli.answer import Message, answer
+    from onegpu.cli.answer import Message, answer, speed_line
     from onegpu.cli.console import say, say_error
     from onegpu.errors import ConfigError
 
@@ -81,6 +84,7 @@ def converse(loaded: Loaded, sampling: Sampling, system: str | None) -> None:
                 say_error(error.message, "/reset starts anew")
                 continue
             to_stdout("\n")
+            say(speed_line(loaded, given))
             history = [*asked, {"role": "assistant", "content": given.text}]
 
 

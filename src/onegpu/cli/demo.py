@@ -33,7 +33,7 @@ def demo(
 
     quiet_libraries()
     folder = checkpoint if checkpoint is not None else demo_checkpoint(find_gguf(gguf))
-    loaded = load(ModelName.parse(str(folder)), QuantConfig(), chosen=False, device=device)
+    loaded = load(ModelName.parse(str(folder)), QuantConfig(), chosen=False, device=device, fast=True)
     say(f"question: {question}")
     sampling = Sampling(max_new_tokens, temperature=0.0, top_p=1.0, seed=0)
     given = answer(loaded, messages_for(question, system=None), sampling, to_stdout)

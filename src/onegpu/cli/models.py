@@ -137,12 +137,18 @@ def load_tokenizer(name: ModelName, trust_remote_code: bool) -> Any:
 
 
 def load(
-    name: ModelName, config: QuantConfig | None, *, chosen: bool, device: str, trust_remote_code: bool = False
+    name: ModelName,
+    config: QuantConfig | None,
+    *,
+    chosen: bool,
+    device: str,
+    fast: bool = False,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Load MODEL in the format of `config` and time it.
 
     A checkpoint that is quantized already is loaded as it is, unless the user has `chosen` a format: then the
-    loader is asked, and its refusal stands.
+    loader is asked, and its refusal stands. With `fast` the model is put on its fast path, which the time includes.
     """
     where = placement(device)
     quiet_libraries()
@@ -160,4 +166,8 @@ def load(
         arguments["quantization_config"] = config
     begun = time.perf_counter()
     model = auto_class("AutoModelForCausalLM").from_pretrained(name.name, **arguments)
+    if fast:
+        from onegpu.fastpath import optimize
+
+        optimize(model)
     return Loaded(name, model, tokenizer, label, time.perf_counter() - begun)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,9 +20,11 @@ __all__ = [
     "DoubleQuant",
     "MaxNewTokens",
     "Model",
+    "Plain",
     "Quantization",
     "QuantizationOption",
     "RemoteCode",
+    "ReportFile",
     "Sampling",
     "ScaleSearch",
     "Seed",
@@ -57,10 +60,15 @@ TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample f
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 System = Annotated[str | None, typer.Option("--system", help="System message, if the chat template takes one.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Generate by Transformers' own loop, without the fast path.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Read it first.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", dir_okay=False, help="Also one HTML file with tables and plots."),
+]
 Debug = Annotated[bool, typer.Option("--debug", envvar="ONEGPU_DEBUG", help="Show the traceback of an error.")]
 
 

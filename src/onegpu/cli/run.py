@@ -13,6 +13,7 @@ from onegpu.cli.options import (
     DoubleQuant,
     MaxNewTokens,
     Model,
+    Plain,
     QuantizationOption,
     RemoteCode,
     Sampling,
@@ -39,6 +40,7 @@ def run(
     seed: Seed = 0,
     device: Device = "auto",
     system: System = None,
+    plain: Plain = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +54,7 @@ def run(
     config = quant_config(quantization, double_quant, scale_search)
     chosen = quantization is not None or double_quant or scale_search
     messages = messages_for(read_prompt(prompt), system)
-    loaded = load(name, config, chosen=chosen, device=device, trust_remote_code=trust_remote_code)
+    loaded = load(name, config, chosen=chosen, device=device, fast=not plain, trust_remote_code=trust_remote_code)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     given = answer(loaded, messages, sampling, (lambda _: None) if as_json else to_stdout)
     if as_json:
