@@ -8,8 +8,9 @@ from torch import Tensor
 
 from kernels.cases import DTYPES, assert_no_worse, normal, run_captured
 from onegpu.errors import ArgumentError
-from onegpu.kernels.encoder_ops import reference_varlen_attention
+from onegpu.kernels.encoder_ops import attention_blocks, reference_attention_blocks, reference_varlen_attention
 from onegpu.kernels.encoder_ops import varlen_attention as operator
+from onegpu.kernels.varlen_config import Tiles, tiles_for
 
 LENGTHS = ((5,), (1, 1, 1), (70, 3, 0, 17), (64, 65, 1), (0, 0))
 
@@ -83,6 +84,13 @@ def check(
     factor = 8.0 if dtype == torch.float32 and device.type == "cuda" else 1.5
     assert_no_worse(got, plain, exact, factor)
     assert_no_worse(reference_varlen_attention(q, k, v, *args), plain, exact)
+    # The same sums in the same order, whichever program does them.
+    blocks = kernel.attention_blocks(there[0], T, tiles_for(dtype, D, max(lengths)).block_m)
+    listed = kernel.varlen_attention(q.to(device), k.to(device), v.to(device), *there, blocks=blocks).cpu()
+    assert torch.equal(listed, got)
+    tiles = Tiles(16, 16, 4, 2, split_tail=True)
+    small = kernel.varlen_attention(q.to(device), k.to(device), v.to(device), *there, tiles=tiles).cpu()
+    assert_no_worse(small, plain, exact, factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,6 +118,35 @@ def test_distances_are_columns(device: torch.device) -> None:
     check(device, torch.float32, (20, 7), 16, window=4, biased=True, step=3)
 
 
+@pytest.mark.parametrize("lengths", [(70, 3, 0, 17, 64), (1,), (0, 0), (5, 5, 5, 700)])
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_blocks(device: torch.device, lengths: tuple[int, ...], block_m: int) -> None:
+    """Every query once, the longest sequences first, and nothing behind the last."""
+    from onegpu.kernels import varlen_attention as kernel
+
+    ends, tokens = bounds(lengths), sum(lengths) + 3
+    got = kernel.attention_blocks(ends.to(device), tokens, block_m).cpu()
+    want = reference_attention_blocks(ends, tokens, block_m)
+    assert torch.equal(attention_blocks(ends, tokens, block_m), want)
+    used = want[1] > 0
+    assert torch.equal(got[:, used], want[:, used])
+    assert not bool(got[1, ~used].any())
+    seen = [start + row + n for start, length, row in want.T.tolist() for n in range(min(block_m, length - row))]
+    assert sorted(seen) == list(range(sum(lengths)))
+    assert want[1].tolist() == sorted(want[1].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_any_scale(device: torch.device, scale: float) -> None:
+    from onegpu.kernels import varlen_attention as kernel
+
+    q, k, v = (normal(20, 2, 16, seed=seed) for seed in range(3))
+    args = (bounds((13, 7)), columns((13, 7)))
+    got = kernel.varlen_attention(*(t.to(device) for t in (q, k, v, *args)), 13, scale).cpu()
+    exact = oracle(q, k, v, *args, scale, False, None, None, torch.float64)
+    assert_no_worse(got, oracle(q, k, v, *args, scale, False, None, None, torch.float32), exact, 8.0)
+
+
 def test_slices_of_one_product(device: torch.device) -> None:
     """Query, key and value as parts of one [T, 3 H D] product need no copy."""
     from onegpu.kernels import varlen_attention as kernel
@@ -134,6 +171,12 @@ def test_what_does_not_fit_is_refused() -> None:
         operator(q, q, q, ends.long(), at, 4, 1.0)
     with pytest.raises(ArgumentError, match=r"float32 \[H, 2 \* S - 1\]"):
         operator(q, q, q, ends, at, 4, 1.0, bias=normal(2, 8))
+    with pytest.raises(ArgumentError, match=r"blocks must be int32 \[3, P\]"):
+        operator(q, q, q, ends, at, 4, 1.0, blocks=ends)
+    with pytest.raises(ArgumentError, match="at most 4096 sequences"):
+        attention_blocks(ends.long(), 4, 64)
+    with pytest.raises(ArgumentError, match="block_m at least 1"):
+        attention_blocks(ends, 4, 0)
 
 
 @pytest.mark.gpu

@@ -16,11 +16,22 @@ from torch.nn import functional as F
 from onegpu.errors import ArgumentError, DeviceError
 from onegpu.kernels.ops import bind
 
-__all__ = ["MAX_HEAD_DIM", "MAX_NORM_SIZE", "add_layer_norm", "gelu_", "linear_gelu", "varlen_attention"]
+__all__ = [
+    "MAX_BLOCK_SEQUENCES",
+    "MAX_HEAD_DIM",
+    "MAX_NORM_SIZE",
+    "add_layer_norm",
+    "attention_blocks",
+    "gelu_",
+    "linear_gelu",
+    "varlen_attention",
+]
 
 FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM: Final = 128
 MAX_NORM_SIZE: Final = 16384
+# One program reads the bounds of all sequences at once.
+MAX_BLOCK_SEQUENCES: Final = 4096
 
 
 def check_device(first: Tensor, *others: Tensor | None) -> None:
@@ -40,8 +51,9 @@ def check_varlen_attention(
     _causal: bool = False,
     _window: int | None = None,
     bias: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> None:
-    check_device(query, key, value, cu_seqlens, positions, bias)
+    check_device(query, key, value, cu_seqlens, positions, bias, blocks)
     if query.dim() != 3 or key.shape != query.shape or value.shape != query.shape:
         shapes = [list(t.shape) for t in (query, key, value)]
         raise ArgumentError(f"query, key and value must be [T, H, D], all of one shape; got {shapes}")
@@ -53,6 +65,8 @@ def check_varlen_attention(
         raise ArgumentError("cu_seqlens and positions must be int32, positions one per token")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape[0] != query.shape[1] or bias.shape[1] % 2 == 0):
         raise ArgumentError(f"bias must be float32 [H, 2 * S - 1]; got {bias.dtype} {list(bias.shape)}")
+    if blocks is not None and (blocks.dtype != torch.int32 or blocks.dim() != 2 or blocks.shape[0] != 3):
+        raise ArgumentError(f"blocks must be int32 [3, P]; got {blocks.dtype} {list(blocks.shape)}")
 
 
 def reference_varlen_attention(
@@ -66,6 +80,7 @@ def reference_varlen_attention(
     causal: bool = False,
     window: int | None = None,
     bias: Tensor | None = None,
+    _blocks: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     bounds = cu_seqlens.tolist()
@@ -82,6 +97,29 @@ def reference_varlen_attention(
             scores = scores.masked_fill(distance.abs() > window, -torch.inf)
         out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
     return out
+
+
+def check_attention_blocks(cu_seqlens: Tensor, tokens: int, block_m: int) -> None:
+    if cu_seqlens.dtype != torch.int32 or not 1 <= cu_seqlens.numel() <= MAX_BLOCK_SEQUENCES + 1:
+        raise ArgumentError(
+            f"cu_seqlens must be int32, for at most {MAX_BLOCK_SEQUENCES} sequences; got {cu_seqlens.dtype}, "
+            f"{cu_seqlens.numel()} entries"
+        )
+    if tokens < 0 or block_m < 1:
+        raise ArgumentError(f"tokens must be at least 0 and block_m at least 1; got {tokens} and {block_m}")
+
+
+def reference_attention_blocks(cu_seqlens: Tensor, tokens: int, block_m: int) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    sequences = sorted(pairwise(bounds), key=lambda ends: ends[0] - ends[1])
+    found = [(start, end - start, row) for start, end in sequences for row in range(0, end - start, block_m)]
+    found += [(0, 0, 0)] * (block_count(tokens, len(bounds) - 1, block_m) - len(found))
+    return torch.tensor(found, dtype=torch.int32, device=cu_seqlens.device).reshape(-1, 3).T.contiguous()
+
+
+def block_count(tokens: int, sequences: int, block_m: int) -> int:
+    """The most blocks that so many tokens in so many sequences can have."""
+    return -(-tokens // block_m) + sequences
 
 
 def check_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, _eps: float) -> None:
@@ -128,10 +166,19 @@ def reference_gelu(x: Tensor) -> Tensor:
 
 _varlen_attention = bind(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, Tensor positions, SymInt max_seqlen,"
-    " float scale, bool causal=False, int? window=None, Tensor? bias=None) -> Tensor",
+    " float scale, bool causal=False, int? window=None, Tensor? bias=None, Tensor? blocks=None) -> Tensor",
     check=check_varlen_attention,
     fake=lambda query, *_: query.new_empty(query.shape),
     plain=reference_varlen_attention,
+    cuda="onegpu.kernels.varlen_attention",
+)
+_attention_blocks = bind(
+    "attention_blocks(Tensor cu_seqlens, SymInt tokens, int block_m) -> Tensor",
+    check=check_attention_blocks,
+    fake=lambda cu_seqlens, tokens, block_m: cu_seqlens.new_empty(
+        (3, block_count(tokens, cu_seqlens.shape[0] - 1, block_m))
+    ),
+    plain=reference_attention_blocks,
     cuda="onegpu.kernels.varlen_attention",
 )
 _add_layer_norm = bind(
@@ -168,6 +215,7 @@ def varlen_attention(
     causal: bool = False,
     window: int | None = None,
     bias: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + bias) v within each sequence (FlashAttention, arXiv 2205.14135). No gradient.
 
@@ -179,6 +227,8 @@ def varlen_attention(
         causal: a token sees those before it in its sequence, and itself.
         window: largest distance seen; None for no limit.
         bias: float32 [H, 2 * S - 1], added for distance d at index d + S - 1, every |d| below S.
+        blocks: of these sequences, by `attention_blocks` with the block_m of `varlen_config.tiles_for`; it saves
+            programs that find nothing to do.
 
     Returns:
         [T, H, D], contiguous. Tokens of no sequence hold anything.
@@ -186,7 +236,28 @@ def varlen_attention(
     Raises:
         ArgumentError, DeviceError: tensors that do not fit together.
     """
-    out: Tensor = _varlen_attention(query, key, value, cu_seqlens, positions, max_seqlen, scale, causal, window, bias)
+    out: Tensor = _varlen_attention(
+        query, key, value, cu_seqlens, positions, max_seqlen, scale, causal, window, bias, blocks
+    )
+    return out
+
+
+def attention_blocks(cu_seqlens: Tensor, tokens: int, block_m: int) -> Tensor:
+    """Which queries each program of `varlen_attention` computes: the longest sequences' first.
+
+    Args:
+        cu_seqlens: int32 [N + 1], N at most 4096.
+        tokens: T, at least the last entry.
+        block_m: queries of a program.
+
+    Returns:
+        int32 [3, P], P = ceil(T / block_m) + N: first token and length of the sequence, first query in it. Places that
+        nothing takes have the length 0.
+
+    Raises:
+        ArgumentError: sizes or a dtype that do not fit.
+    """
+    out: Tensor = _attention_blocks(cu_seqlens, tokens, block_m)
     return out
 
 
