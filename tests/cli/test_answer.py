@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from onegpu.cli.answer import answer, closing_line, messages_for
+from onegpu.bench.measure import Timing, step_bytes
+from onegpu.cli.answer import Answer, answer, bandwidth_share, closing_line, messages_for, speed_line
 from onegpu.cli.models import Loaded, ModelName, load
 from onegpu.cli.options import Sampling
+from onegpu.memory import find_gpu
+from tiny_checkpoint import tiny_llama
 
 GREEDY = Sampling(max_new_tokens=16, temperature=0.0, top_p=1.0, seed=0)
 
@@ -56,6 +60,31 @@ def test_the_closing_line_says_what_was_measured(loaded: Loaded) -> None:
     assert speed is not None
     for part in ("16bit", "in 16 bit ->", f"{loaded.load_seconds:.1f} s", f"{speed:.1f} tok/s", "cpu"):
         assert part in line
+
+
+def test_the_share_of_the_bandwidth_is_that_of_the_datasheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    on_gpu = SimpleNamespace(
+        device=torch.device("cuda"),
+        config=model.config,
+        parameters=model.parameters,
+        buffers=model.buffers,
+        named_modules=model.named_modules,
+        get_output_embeddings=model.get_output_embeddings,
+    )
+    timing = Timing(prompt_tokens=8, new_tokens=5, ttft_ms=1.0, decode_ms=4e-3)
+    read = step_bytes(model, 1, 10)
+    assert read is not None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    bandwidth = find_gpu("H100 80GB HBM3").bandwidth
+    assert bandwidth is not None
+    assert bandwidth_share(on_gpu, timing) == pytest.approx(read / 1e-6 / bandwidth)
+    given = Answer("", timing, "stop")
+    line = speed_line(SimpleNamespace(model=on_gpu), given)  # type: ignore[arg-type]
+    assert line == f"first token 1 ms · 1000000.0 tok/s, {read / 1e-6 / bandwidth:.0%} of the bandwidth limit"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU of tomorrow")
+    assert bandwidth_share(on_gpu, timing) is None
+    assert bandwidth_share(model, timing) is None
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,16 @@ def test_json_says_what_was_measured(call: Call, tiny: Path, quantization: str) 
     assert "cpu" in said["device"]
 
 
+def test_the_fast_path_is_the_default_and_plain_turns_it_off(call: Call, tiny: Path) -> None:
+    options = ("-q", "none", "-n", 6, "--json", "--device", "cpu")
+    fast = json.loads(call("run", tiny, "hello", *options).stdout)
+    plain = json.loads(call("run", tiny, "hello", "--plain", *options).stdout)
+    assert "generates" in fast["path"]
+    assert plain["path"] == ""
+    assert fast["text"] == plain["text"]
+    assert fast["bandwidth_share"] is None
+
+
 def test_nf4_is_the_default(call: Call, tiny: Path) -> None:
     said = json.loads(call("run", tiny, "hi", "-n", 2, "--json", "--device", "cpu").stdout)
     assert said["format"] == "nf4"
