@@ -10,7 +10,7 @@ import typer
 from onegpu.cli.bench_encode import encode
 from onegpu.cli.bench_generate import generate
 from onegpu.cli.bench_kernels import kernels
-from onegpu.cli.options import AsJson, Device, Model, RemoteCode
+from onegpu.cli.options import AsJson, Device, Model, RemoteCode, ReportFile
 
 __all__ = ["build_app"]
 
@@ -40,6 +40,7 @@ def load_times(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds measured, after one to warm up.")] = 3,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Seconds to load, and the peak of GPU memory while loading. Models are loaded in turns and deleted."""
@@ -48,10 +49,11 @@ def load_times(
     from onegpu.bench.contenders import parse_contenders
     from onegpu.bench.environment import environment
     from onegpu.bench.load import measure_load
-    from onegpu.cli.console import print_document, quiet_libraries, say
+    from onegpu.cli.console import quiet_libraries, say
     from onegpu.cli.models import ModelName, placement
-    from onegpu.cli.run import to_stdout
+    from onegpu.cli.report import check_report, deliver
 
+    check_report(report)
     contenders = parse_contenders(f"{formats},{PEERS}" if peers else formats)
     name = ModelName.parse(model)
     quiet_libraries()
@@ -59,17 +61,20 @@ def load_times(
     loaders = {each.label: partial(each.load, name.name, **arguments) for each in contenders}
     times = measure_load(loaders, runs=runs, progress=say)
     rows = [{"format": label, **asdict(row)} for label, row in times.items()]
-    if as_json:
-        print_document({"model": name.name, **environment(torch_device(device)), "rows": rows})
-        return
+    document = {"model": name.name, **environment(torch_device(device)), "rows": rows}
+    deliver("load", document, load_table(rows), as_json=as_json, report=report)
+
+
+def load_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
     lines = ["| format | weights, MiB | load, s | fastest - slowest | peak on the GPU, MiB |", "| --- " * 5 + "|"]
-    for label, row in times.items():
-        peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+    for row in rows:
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
         lines.append(
-            f"| {label} | {row.weight_bytes / 2**20:.1f} | {row.seconds:.2f} "
-            f"| {row.fastest:.2f} - {row.slowest:.2f} | {peak} |"
+            f"| {row['format']} | {row['weight_bytes'] / 2**20:.1f} | {row['seconds']:.2f} "
+            f"| {row['fastest']:.2f} - {row['slowest']:.2f} | {peak} |"
         )
-    to_stdout("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def torch_device(device: str) -> Any:

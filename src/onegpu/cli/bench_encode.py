@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from onegpu.cli.options import AsJson, Device, RemoteCode
+from onegpu.cli.options import AsJson, Device, RemoteCode, ReportFile
 
 __all__ = ["encode"]
 
@@ -42,6 +42,7 @@ def encode(
     string_texts: Annotated[int, typer.Option("--string-texts", min=1)] = 4096,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Real tokens per second of an encoder, in random and in sorted order; contenders take turns."""
@@ -56,11 +57,12 @@ def encode(
         matmul_flops,
     )
     from onegpu.bench.environment import environment
-    from onegpu.cli.console import print_document, quiet_libraries, say
+    from onegpu.cli.console import quiet_libraries, say
     from onegpu.cli.models import placement
-    from onegpu.cli.run import to_stdout
+    from onegpu.cli.report import check_report, deliver
     from onegpu.encoder import EncoderOptions
 
+    check_report(report)
     where = placement(device)
     target = torch.device("cuda" if where == "auto" else where)
     quiet_libraries()
@@ -95,10 +97,8 @@ def encode(
     }
     for found in tables:
         say(found)
-    if as_json:
-        print_document(document)
-    else:
-        to_stdout(table(measured) + strings_table(embedded))
+    deliver("encode", document, table(measured) + strings_table(embedded), as_json=as_json, report=report)
+    if not as_json:
         say(f"{facts['device']}; {texts} texts, {batch} a batch, median of {runs}")
 
 

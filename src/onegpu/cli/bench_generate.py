@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onegpu.cli.options import AsJson, Device, RemoteCode
+from onegpu.cli.options import AsJson, Device, RemoteCode, ReportFile
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,7 @@ def generate(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds measured, after those to warm up.")] = 5,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """First token, time per token, tokens per second, share of the memory bandwidth and peak memory, greedy.
@@ -54,11 +55,12 @@ def generate(
     """
     from onegpu.bench.environment import environment
     from onegpu.bench.generate import measure_entrants, parse_entrants
-    from onegpu.cli.console import print_document, quiet_libraries, say
-    from onegpu.cli.run import to_stdout
+    from onegpu.cli.console import quiet_libraries, say
+    from onegpu.cli.report import check_report, deliver
     from onegpu.config import check_choice
 
     check_choice("--kv", kv, KV)
+    check_report(report)
     entrants = parse_entrants(formats, peers)
     batches = parse_batches(batch)
     quiet_libraries()
@@ -81,11 +83,14 @@ def generate(
         progress=say,
     )
     facts = environment(target)
-    if as_json:
-        document = {"model": model, "random": random, **facts, "read_bandwidth": bandwidth}
-        print_document({**document, "rows": [asdict(row) for row in rows]})
-    else:
-        to_stdout(table(rows))
+    document: dict[str, Any] = {"model": model, "random": random, **facts, "read_bandwidth": bandwidth}
+    document["rows"] = [asdict(row) for row in rows]
+    if report is not None and not random:
+        from onegpu.bench.html_report import memory_curve
+
+        document["memory"] = memory_curve(model, [row.format for row in rows])
+    deliver("generate", document, table(rows), as_json=as_json, report=report)
+    if not as_json:
         for row in rows:
             if row.path:
                 say(f"{row.format}, batch {row.batch}: {row.path}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from onegpu.cli.options import AsJson
+from onegpu.cli.options import AsJson, ReportFile
 
 __all__ = ["kernels"]
 
@@ -21,6 +21,7 @@ def kernels(
     tune: Annotated[bool, typer.Option("--tune", help="Compare configurations instead; for developers.")] = False,
     rotate: Annotated[float, typer.Option("--rotate", min=0.6, help="GB of weights to go around.")] = 0.8,
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON document there too.")] = None,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Time of each operator, GB/s, TFLOP/s and percent of the roofline. The last line of the table is JSON."""
@@ -38,9 +39,11 @@ def kernels(
         table,
     )
     from onegpu.cli.console import print_document, say
+    from onegpu.cli.report import check_report, deliver
     from onegpu.cli.run import to_stdout
     from onegpu.errors import DeviceError
 
+    check_report(report)
     chosen, numbers = parse_shapes(shapes), parse_rows(rows)
     if not torch.cuda.is_available():
         raise DeviceError("`bench kernels` needs a CUDA device; there is none")
@@ -63,10 +66,8 @@ def kernels(
     results = list(compare_kernels(chosen, numbers, ceilings, device, peers=peers, rotation=rotation, progress=say))
     whole = document(ceilings, results, steps, facts)
     write(out, whole)
-    if as_json:
-        print_document(whole)
-    else:
-        to_stdout(table(results, steps))
+    deliver("kernels", whole, table(results, steps), as_json=as_json, report=report)
+    if not as_json:
         to_stdout(json.dumps(whole) + "\n")
 
 
