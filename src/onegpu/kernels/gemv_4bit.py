@@ -589,10 +589,10 @@ def constants(
         "UNROLL": config.unroll,
         "EVEN_K": config.is_even_k(K),
         "AHEAD": config.ahead and not (nested and config.warps == 16),  # else registers run out
-        "OVERLAP": overlap and capability >= OVERLAP_CAPABILITY,
+        "OVERLAP": overlap and config.overlaps and capability >= OVERLAP_CAPABILITY,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
         "num_warps": config.warps,
-        "launch_pdl": overlap and capability >= OVERLAP_CAPABILITY,
+        "launch_pdl": overlap and config.overlaps and capability >= OVERLAP_CAPABILITY,
     }
 
 

@@ -20,6 +20,7 @@ class Config:
     ahead: bool = True  # load x a step ahead too, which takes 8 registers for each tile along K and eight rows of x
     per_sm: int = 0  # programs for each processor at most; 0 for one program per row group
     even: bool = False  # fewer programs, so that all have the same number of row groups
+    overlaps: bool = True  # may begin while the kernel in front still runs, where the caller allows it
 
     def grid(self, N: int, processors: int) -> int:
         """Programs for N rows of W."""
@@ -67,10 +68,17 @@ ALONE = {
     (32, "wide"): Config(4, 2, 4, 1, ahead=False),
     (32, "deep"): Config(8, 1, 2, 1),
 }
-# With OVERLAP two kernels share a processor for a while, so other choices win in a chain of a decoder's products.
+# With OVERLAP two kernels share a processor for a while, so other choices win in a chain of a decoder's products;
+# measured in a whole layer: norm, qkv, attention, o + residual, norm, gated product, down + residual, 32 times.
 OVERLAPPED = ALONE | {
     (1, "narrow"): Config(16, 1, 1, 2),
-    (1, "deep"): Config(16, 1, 2, 2),
+    (1, "small"): Config(4, 1, 1, 4, ahead=False),
+    (1, "deep"): Config(16, 1, 1, 2),
+    (8, "narrow"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
+    (8, "small"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
+    (8, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True),
+    (8, "deep"): Config(16, 1, 1, 1),
+    (32, "wide"): Config(4, 2, 4, 1, ahead=False, overlaps=False),
 }
 
 
