@@ -55,6 +55,6 @@ def condition_of(model: nn.Module) -> Condition:
 def why_not_hook(name: str, hook: Any) -> str | None:
     """A hook of someone's own must run at every call, which a captured step would not do."""
     home = str(getattr(hook, "__module__", "") or "")
-    if home.startswith("transformers."):
+    if home.startswith(("transformers.", "onegpu.")):
         return None
     return f"a hook is set on {name or 'the model'}"
