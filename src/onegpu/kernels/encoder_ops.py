@@ -1,4 +1,4 @@
-"""The operators of the encoders: attention over unpadded tokens, residual + LayerNorm, product + GELU.
+"""The operators of the encoders: leaving padding out, attention without it, residual + LayerNorm, product + GELU.
 
 Bound like those in `ops`: a check, shapes for tracing, the torch reference as the CPU implementation and as what a GPU
 without Triton runs, the Triton launcher elsewhere.
@@ -24,6 +24,7 @@ __all__ = [
     "attention_blocks",
     "gelu_",
     "linear_gelu",
+    "place_tokens",
     "varlen_attention",
 ]
 
@@ -32,6 +33,7 @@ MAX_HEAD_DIM: Final = 128
 MAX_NORM_SIZE: Final = 16384
 # One program reads the bounds of all sequences at once.
 MAX_BLOCK_SEQUENCES: Final = 4096
+NO_BOUND: Final = 2**31 - 1
 
 
 def check_device(first: Tensor, *others: Tensor | None) -> None:
@@ -122,6 +124,44 @@ def block_count(tokens: int, sequences: int, block_m: int) -> int:
     return -(-tokens // block_m) + sequences
 
 
+def check_place_tokens(
+    mask: Tensor, indices: Tensor, positions: Tensor, cu_seqlens: Tensor, facts: Tensor, filler: int
+) -> None:
+    check_device(mask, indices, positions, cu_seqlens, facts)
+    if mask.dtype != torch.bool or mask.dim() != 2 or not mask.numel() or mask.shape[0] > MAX_BLOCK_SEQUENCES:
+        raise ArgumentError(
+            f"mask must be bool [B, S], B from 1 to {MAX_BLOCK_SEQUENCES}; got {mask.dtype} {list(mask.shape)}"
+        )
+    wanted = ((indices, torch.int64), (positions, torch.int32), (cu_seqlens, torch.int32), (facts, torch.int32))
+    if any(t.dtype != dtype or t.dim() != 1 or not t.is_contiguous() for t, dtype in wanted):
+        raise ArgumentError("indices must be int64, positions, cu_seqlens and facts int32, each one row of memory")
+    if positions.numel() != indices.numel() or cu_seqlens.numel() < mask.shape[0] + 1 or facts.numel() != 4:
+        raise ArgumentError(
+            f"expected as many positions as indices, at least {mask.shape[0] + 1} bounds and 4 facts; got "
+            f"{positions.numel()} and {indices.numel()}, {cu_seqlens.numel()}, {facts.numel()}"
+        )
+    if filler < 0:
+        raise ArgumentError(f"filler must be at least 0; got {filler}")
+
+
+def reference_place_tokens(
+    mask: Tensor, indices: Tensor, positions: Tensor, cu_seqlens: Tensor, facts: Tensor, filler: int
+) -> None:
+    B, S = mask.shape
+    lengths = mask.sum(dim=1)
+    places = mask.flatten().nonzero()[:, 0][: indices.numel()]
+    total = int(lengths.sum())
+    indices[:total].copy_(places)
+    positions[:total].copy_(places % S)
+    indices[total : total + filler].zero_()
+    positions[total : total + filler].zero_()
+    cu_seqlens[B + 1 :].fill_(NO_BOUND)
+    cu_seqlens[:1].zero_()
+    cu_seqlens[1 : B + 1].copy_(lengths.cumsum(0))
+    runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1)
+    facts.copy_(torch.stack([lengths.sum(), lengths.max(), runs.max(), mask[:, 0].sum()]))
+
+
 def check_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, _eps: float) -> None:
     check_device(x, residual, weight, bias)
     if residual.shape != x.shape or residual.dtype != x.dtype or x.dtype not in FLOATS:
@@ -180,6 +220,14 @@ _attention_blocks = bind(
     ),
     plain=reference_attention_blocks,
     cuda="onegpu.kernels.varlen_attention",
+)
+_place_tokens = bind(
+    "place_tokens(Tensor mask, Tensor(a!) indices, Tensor(b!) positions, Tensor(c!) cu_seqlens, Tensor(d!) facts,"
+    " int filler) -> ()",
+    check=check_place_tokens,
+    fake=lambda *_: None,
+    plain=reference_place_tokens,
+    cuda="onegpu.kernels.unpad",
 )
 _add_layer_norm = bind(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> Tensor",
@@ -259,6 +307,26 @@ def attention_blocks(cu_seqlens: Tensor, tokens: int, block_m: int) -> Tensor:
     """
     out: Tensor = _attention_blocks(cu_seqlens, tokens, block_m)
     return out
+
+
+def place_tokens(
+    mask: Tensor, indices: Tensor, positions: Tensor, cu_seqlens: Tensor, facts: Tensor, filler: int
+) -> None:
+    """Write down where the real tokens of a padded batch stand, row by row. Nothing waits for the device.
+
+    Args:
+        mask: bool [B, S], True where a token is real; B from 1 to 4096.
+        indices: int64 [capacity], gets the flat place in [B * S] of each token, then `filler` zeros; places beyond the
+            capacity are left out.
+        positions: int32 [capacity], gets the column of each token, then `filler` zeros.
+        cu_seqlens: int32 [C + 1], C at least B, gets the bounds of the rows, then 2^31 - 1: cut them to a bucket's size.
+        facts: int32 [4], gets the number of tokens, the longest row, the most runs of tokens in a row, and how many
+            rows begin with a token.
+
+    Raises:
+        ArgumentError, DeviceError: tensors that do not fit together.
+    """
+    _place_tokens(mask, indices, positions, cu_seqlens, facts, filler)
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
