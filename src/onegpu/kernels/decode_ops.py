@@ -185,6 +185,10 @@ def _check_cache(
             raise ArgumentError(f"{op}: a cache in {_name(k_cache.dtype)} {need} {name}")
         if scale is not None and (scale.dtype != torch.float32 or scale.shape != k_cache.shape[:3]):
             raise ArgumentError(f"{op}: {name} must be float32 {list(k_cache.shape[:3])}; got {_described(scale)}")
+    if k_scale is not None and v_scale is not None and k_scale.stride() != v_scale.stride():
+        raise ArgumentError(
+            f"{op}: k_scale and v_scale must have the same strides; got {k_scale.stride()} and {v_scale.stride()}"
+        )
 
 
 def _check_positions(op: str, B: int, positions: Tensor) -> None:

@@ -143,7 +143,7 @@ def combine(
         mask = (some < parts)[:, None] & wanted[None, :]
         stat_ptr = stats_ptr + some[:, None] * (heads * 2 * ROWS) + rows[None, :]
         m = tl.load(stat_ptr, mask=mask, other=LOWEST, cache_modifier=".cg")
-        l = tl.load(stat_ptr + ROWS, mask=mask, other=0.0, cache_modifier=".cg")  # noqa: E741
+        l = tl.load(stat_ptr + ROWS, mask=mask, other=1.0, cache_modifier=".cg")  # noqa: E741
         o_ptr = partial_ptr + some[:, None, None] * (heads * ROWS * DV) + rows[None, :, None] * DV + dims[None, None, :]
         o = tl.load(o_ptr, mask=mask[:, :, None] & (dims < DV)[None, None, :], other=0.0, cache_modifier=".cg")
         new_top = tl.maximum(top, tl.max(m, 0))
@@ -189,14 +189,10 @@ def split_attention_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_ksb,
-    stride_ksh,
-    stride_ksn,
-    stride_vsb,
-    stride_vsh,
-    stride_vsn,
-    stride_cb,
-    stride_sb,
+    stride_sb,  # of both scales
+    stride_sh,
+    stride_sn,
+    stride_cb,  # of cos and sin
     B,
     units,
     capacity,
@@ -251,8 +247,8 @@ def split_attention_kernel(
         slot = tl.zeros([], tl.int64) + row
         k_base = k_cache_ptr + slot * stride_kb + head * stride_kh
         v_base = v_cache_ptr + slot * stride_vb + head * stride_vh
-        k_scale_base = k_scale_ptr + slot * stride_ksb + head * stride_ksh
-        v_scale_base = v_scale_ptr + slot * stride_vsb + head * stride_vsh
+        k_scale_base = k_scale_ptr + slot * stride_sb + head * stride_sh
+        v_scale_base = v_scale_ptr + slot * stride_sb + head * stride_sh
         if OVERLAP and ROTARY:
             fetch_ahead(k_base, start, stop - 1, stride_kn, D, BLOCK_N)
             fetch_ahead(v_base, start, stop - 1, stride_vn, DV, BLOCK_N)
@@ -271,7 +267,7 @@ def split_attention_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
         if ROTARY:
             cos_base = cos_ptr + slot * stride_cb
-            sin_base = sin_ptr + slot * stride_sb
+            sin_base = sin_ptr + slot * stride_cb
             q = normed_and_rotated(
                 q_base + query_head * D, rows, wanted, q_norm_ptr, cos_base, sin_base, eps, offset,
                 D, R, BLOCK_D, HAS_Q_NORM, HAS_OFFSET, INTERLEAVED,
@@ -286,11 +282,11 @@ def split_attention_kernel(
                 v = tl.load(q_base + (HKV * (G + 1) + head) * D + dims, mask=dims < D, other=0.0)[None, :]
                 limit = tl.where((place == position) & (tile == 0), D, 0)
                 k = store_row(
-                    k, k_base + position * stride_kn, k_scale_base + position * stride_ksn,
+                    k, k_base + position * stride_kn, k_scale_base + position * stride_sn,
                     dims[None, :], limit, QUANTIZED,
                 )  # fmt: skip
                 v = store_row(
-                    v, v_base + position * stride_vn, v_scale_base + position * stride_vsn,
+                    v, v_base + position * stride_vn, v_scale_base + position * stride_sn,
                     dims[None, :], limit, QUANTIZED,
                 )  # fmt: skip
                 m = shaped(tl.sum(q.to(tl.float32) * k, 1) * scale, softcap, HAS_SOFTCAP)
@@ -311,14 +307,14 @@ def split_attention_kernel(
             k = tl.load(k_base + keys[:, None] * stride_kn + dims[None, :], mask=mask, other=0.0)
             scores = tl.dot(q, tl.trans(k.to(DTYPE)), input_precision=PRECISION) * scale
             if QUANTIZED:
-                scores *= tl.load(k_scale_base + keys * stride_ksn, mask=seen, other=0.0)[None, :]
+                scores *= tl.load(k_scale_base + keys * stride_sn, mask=seen, other=0.0)[None, :]
             scores = tl.where(seen[None, :], shaped(scores, softcap, HAS_SOFTCAP), float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             p = tl.exp2(scores - m_new[:, None])
             shrink = tl.exp2(m - m_new)
             total = total * shrink + tl.sum(p, 1)
             if QUANTIZED:
-                p *= tl.load(v_scale_base + keys * stride_vsn, mask=seen, other=0.0)[None, :]
+                p *= tl.load(v_scale_base + keys * stride_sn, mask=seen, other=0.0)[None, :]
             mask = seen[:, None]
             if DV < BLOCK_DV:
                 mask = mask & (value_dims < DV)[None, :]

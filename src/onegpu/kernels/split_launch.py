@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,15 +37,19 @@ class Config:
     stages: int
     min_keys: int  # of a part: fewer are not worth a part of their own
     per_sm: int  # programs for each processor
+    chunk_registers: int = 32  # of each thread, for the parts that are added up at a time
 
 
-def configure(G: int, D: int, DV: int, cache_bytes: int, sum_bytes: int) -> Config:
+def configure(G: int, D: int, DV: int, cache_bytes: int, sum_bytes: int, *, hip: bool = False) -> Config:
     """The configuration for G query heads on a key head; `cache_bytes` and `sum_bytes` of one element of cache and q.
 
     Keys and values of a tile, twice or three times, are what fills shared memory: 16 KiB of each a tile at D = 128.
     """
     block_d = max(16, triton.next_power_of_2(max(D, DV)))
     block_n = max(16, min(64, 16384 // (block_d * max(cache_bytes, sum_bytes))))
+    if hip:
+        # Tiles on their way to shared memory stand in registers there.
+        block_n = max(16, block_n // 2 if cache_bytes == sum_bytes else block_n // 4)
     crowded = block_m(G, D, DV) > 32 or block_d * sum_bytes > 512
     return Config(block_n, 8 if crowded else 4, 2, 64, 2)
 
@@ -108,7 +113,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def constants(
-    config: Config, B: int, Hkv: int, G: int, D: int, DV: int, units: int, *, sixteen_bit: bool, **flags: Any
+    config: Config, B: int, Hkv: int, G: int, D: int, DV: int, units: int, *, precision: str, **flags: Any
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
     rows = block_m(G, D, DV)
@@ -125,15 +130,19 @@ def constants(
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
         "BLOCK_DV": block_dv,
         "BLOCK_G": block_g,
-        # 64 registers of each thread hold a chunk of parts.
-        "CHUNK": max(1, min(triton.next_power_of_2(units), 64 * 32 * config.warps // (block_g * block_dv))),
+        "CHUNK": max(1, config.chunk_registers * 32 * config.warps // (block_g * block_dv)),
         "MIN_KEYS": config.min_keys,
         "STAGES": config.stages,
-        "PRECISION": "tf32" if sixteen_bit else "tf32x3",
+        "PRECISION": precision,
         "num_warps": config.warps,
         "launch_pdl": flags["OVERLAP"],
         **flags,
     }
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of float32 are taken: three TF32 ones, about float32's own rounding; 16 bits have one way only."""
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def can_overlap(overlap: bool, device: torch.device) -> bool:
@@ -142,7 +151,7 @@ def can_overlap(overlap: bool, device: torch.device) -> bool:
 
 def launch(
     q: Tensor,
-    q_strides: tuple[int, int],
+    q_strides: Sequence[int],
     B: int,
     Hq: int,
     k_cache: Tensor,
@@ -176,7 +185,8 @@ def launch(
         return out
     G = Hq // Hkv
     if config is None:
-        config = configure(G, D, DV, k_cache.element_size(), q.element_size())
+        hip = torch.version.hip is not None
+        config = configure(G, D, DV, k_cache.element_size(), q.element_size(), hip=hip)
     heads = Hkv * triton.cdiv(G, block_m(G, D, DV))
     if units is None:
         reachable = capacity if window is None else min(capacity, window)
@@ -189,7 +199,7 @@ def launch(
     R = 0 if cos is None else cos.shape[1]
     settings = constants(
         config, B, Hkv, G, D, DV, units,
-        sixteen_bit=q.element_size() == 2, R=R, ROTARY=rotary, INTERLEAVED=interleaved,
+        precision=precision_of(q.dtype), R=R, ROTARY=rotary, INTERLEAVED=interleaved,
         HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None, HAS_OFFSET=offset != 0,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
         QUANTIZED=quantized, OVERLAP=can_overlap(overlap, device),
@@ -214,9 +224,7 @@ def launch(
             *k_cache.stride()[:3],
             *v_cache.stride()[:3],
             *(scales[0].stride() if quantized else (0, 0, 0)),
-            *(scales[1].stride() if quantized else (0, 0, 0)),
             0 if cos is None else cos.stride(0),
-            0 if sin is None else sin.stride(0),
             B,
             units,
             capacity,
@@ -284,8 +292,8 @@ def rotary_decode_attention(
 ) -> Tensor:
     """Launch the kernel; arguments as `onegpu.kernels.decode_ops.rotary_decode_attention`."""
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
-    if cos is not None and sin is not None:
-        cos, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
+    if cos is not None and sin is not None and (cos.stride() != sin.stride() or cos.stride(1) != 1):
+        cos, sin = cos.contiguous(), sin.contiguous()
     out = launch(
         qkv, (qkv.stride(0), 0), qkv.shape[0], num_heads, k_cache, v_cache, positions, scale, window, softcap, sinks,
         k_scale, v_scale, overlap=overlap, config=config, units=units, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm,

@@ -1,0 +1,52 @@
+"""The kernels of a decode step compile for every GPU family, without spills and within its shared memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.test_ahead_of_time import SHARED
+
+# Triton keeps tensor core operands of RDNA 3 twice in registers: with 512 bytes a row they do not fit.
+KNOWN_SPILLS = {("gfx1100", name) for name in ("gemma", "float32 256")}
+ARCHITECTURES = [arch for arch in SHARED if arch != "75"]  # `tl.dot` there has no tensor cores, so torch runs instead
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = Path(__file__).with_name("decode_attention_programs.py")
+    command = [sys.executable, str(program), *ARCHITECTURES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles(arch: str, results: list[dict]) -> None:
+    mine = [result for result in results if result["arch"] == arch]
+    assert len(mine) == (18 if arch == "90" else 6)
+    assert not [result for result in mine if "error" in result]
+    assert not [r["case"] for r in mine if r["spilled"] and (arch, r["case"]) not in KNOWN_SPILLS]
+    assert not [result for result in mine if result["shared"] > SHARED[arch]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "120"])
+def test_reads_wide_and_waits_where_it_can(arch: str, results: list[dict]) -> None:
+    """Keys and values come 16 bytes a thread, past the registers; from capability 9.0 on each kernel waits once."""
+    for result in results:
+        if result["arch"] != arch or result["case"].startswith("append"):
+            continue
+        assert result["wide_loads"] > 0
+        assert result["tensor_core"] > 0
+        assert result["waits"] == (1 if arch != "80" else 0)
