@@ -40,8 +40,8 @@ def products(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], str]]:
             continue
         if arch.startswith("gfx") and wanted.stages:
             wanted = gemv_rows.AMD
-        config = wanted.fitted(bucket, K, size, SHARED.get(arch, gemv_rows.SHARED_BYTES))
         for gated in (False, True)[: 2 if shape == "small" else 1]:
+            config = wanted.fitted(bucket, K, size, SHARED.get(arch, gemv_rows.SHARED_BYTES), gated=gated)
             key = (size, bucket, config, gated)
             if key in seen:
                 continue
