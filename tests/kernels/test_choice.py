@@ -33,7 +33,8 @@ def test_an_old_gpu_runs_the_reference(card: list[tuple[int, int]], monkeypatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     card[0] = (7, 5)
     assert kernel_for("linear_4bit", CUDA) == "Triton"
-    assert kernel_for("linear_8bit", CUDA) == "torch reference, since compute capability 7.5 is below 8.0"
+    for operator in ("linear_8bit", "decode_attention", "append_kv", "rotary_decode_attention"):
+        assert kernel_for(operator, CUDA) == "torch reference, since compute capability 7.5 is below 8.0"
     why_not_triton.cache_clear()
     card[0] = (7, 0)
     assert kernel_for("linear_4bit", CUDA) == "torch reference, since compute capability 7.0 is below 7.5"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PACKAGES", "describe_device", "environment", "versions"]
 
-PACKAGES = ("onegpu", "torch", "triton", "transformers", "accelerate", "safetensors", "bitsandbytes", "numba")
+PACKAGES = ("onegpu", "torch", "triton", "transformers", "accelerate", "safetensors", "bitsandbytes", "llvmlite")
 
 
 def versions() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onegpu.attention.varlen import BACKENDS, VarlenSpec
 from onegpu.diagnosis.finding import Finding
+from onegpu.diagnosis.more_operators import decode_trials, encoder_trials
 from onegpu.kernels import (
     dequantize_4bit,
     kernel_for,
@@ -64,6 +65,8 @@ def trials(device: torch.device) -> dict[str, Callable[[], tuple[Tensor, Tensor]
             linear_gelu(x, weight, bias),
             torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)),
         ),
+        **encoder_trials(device, dtype),
+        **decode_trials(device, dtype),
     }
 
 
@@ -84,7 +87,7 @@ def look_at_operator(name: str, trial: Callable[[], tuple[Tensor, Tensor]], kern
         said = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
         return Finding(name, "problem", f"does not run ({kernel}): {said}", again)
     # Two roundings to 8 bit, of weights and of inputs, cost linear_8bit more.
-    if not error <= (2 if name == "linear_8bit" else 1) * TOLERANCE:
+    if not error <= (2 if name.startswith("linear_8bit") else 1) * TOLERANCE:
         return Finding(name, "problem", f"gives wrong numbers ({kernel}): {error:.1%} off", again)
     cure = cure_for(kernel)
     return Finding(name, "note" if cure else "ok", f"runs: {kernel}", cure)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 
 from onegpu.kernels import cpu_4bit
+from onegpu.kernels.decode_ops import DECODE_CAPABILITY
 from onegpu.kernels.ops import INT8_DOT_CAPABILITY, OLDEST_CAPABILITY, why_not_triton
 
 __all__ = ["kernel_for"]
+
+NEEDED = {
+    "linear_8bit": INT8_DOT_CAPABILITY,
+    **dict.fromkeys(("append_kv", "decode_attention", "rotary_decode_attention"), DECODE_CAPABILITY),
+}
 
 
 def kernel_for(operator: str, device: torch.device) -> str:
     """What runs `operator` ("linear_4bit", ...) on `device`, and why nothing faster does."""
     if device.type == "cuda":
-        needed = INT8_DOT_CAPABILITY if operator == "linear_8bit" else OLDEST_CAPABILITY
-        reason = why_not_triton(device, needed)
+        reason = why_not_triton(device, NEEDED.get(operator, OLDEST_CAPABILITY))
         return "Triton" if reason is None else f"torch reference, since {reason}"
     if operator == "linear_4bit" and device.type == "cpu":
         if cpu_4bit.available():

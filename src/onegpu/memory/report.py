@@ -78,7 +78,7 @@ class FitReport:
         if self.command is not None:
             lines += [f"run it: {self.command}"]
         elif self.gpu is not None:
-            lines += ["no format fits; a shorter --context, a smaller --batch or a larger GPU needs or gives less"]
+            lines += ["no format fits: try a shorter --context, a smaller --batch or a larger --gpu"]
         return "\n".join([*lines, *(f"note: {line}" for line in self.notes)]).rstrip()
 
 

@@ -1,0 +1,108 @@
+"""A small call of each operator of a decode step and of the unpadded encoders, with what it must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from onegpu.formats.tiling import tile_codes, tile_scales
+from onegpu.kernels import (
+    append_kv,
+    decode_attention,
+    linear_8bit_rows,
+    linear_16bit,
+    reference,
+    rms_norm,
+    rotary_decode_attention,
+)
+from onegpu.kernels.encoder_ops import attention_blocks, gelu_, place_tokens, varlen_attention
+from onegpu.kernels.tiled_ops import linear_4bit_tiled
+
+__all__ = ["decode_trials", "encoder_trials"]
+
+Trial = Callable[[], tuple[Tensor, Tensor]]
+B, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 2, 4, 2, 64, 16
+INPUTS, OUTPUTS = 128, 64
+
+
+def decode_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
+    """For each operator of a decode step a call on `device` and what it must give."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x, weight = randn(B, INPUTS), randn(OUTPUTS, INPUTS)
+    packed, absmax = reference.quantize_4bit(weight.cpu(), "nf4", 64)
+    plain = reference.dequantize_4bit(packed, absmax, [OUTPUTS, INPUTS], dtype, "nf4", 64).to(device)
+    tiled = tile_codes(packed, OUTPUTS, INPUTS).to(device), tile_scales(absmax, OUTPUTS, INPUTS, 64).to(device)
+    codes, row_stats, _ = reference.quantize_8bit_rows(weight.cpu())
+    ones = torch.ones(INPUTS, device=device, dtype=dtype)
+    q, k, v = randn(B, HEADS, HEAD_DIM), randn(B, KV_HEADS, HEAD_DIM), randn(B, KV_HEADS, HEAD_DIM)
+    k_cache, v_cache = randn(B, KV_HEADS, CAPACITY, HEAD_DIM), randn(B, KV_HEADS, CAPACITY, HEAD_DIM)
+    last = torch.full((B,), CAPACITY - 1, dtype=torch.int32, device=device)
+    scale = HEAD_DIM**-0.5
+
+    def appended() -> tuple[Tensor, Tensor]:
+        caches = k_cache.clone(), v_cache.clone()
+        append_kv(k, v, *caches, last)
+        return caches[1][:, :, -1], v
+
+    def attended(keys: Tensor, values: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q[:, :, None], keys, values, scale=scale, enable_gqa=True)[:, :, 0]
+
+    def all_at_once() -> tuple[Tensor, Tensor]:
+        keys, values = k_cache.clone(), v_cache.clone()
+        qkv = torch.cat([part.flatten(1) for part in (q, k, v)], dim=1)
+        out = rotary_decode_attention(qkv, None, None, keys, values, last, HEADS, scale)
+        return out, attended(keys, values).flatten(1)
+
+    return {
+        "linear_16bit": lambda: (linear_16bit(x, weight), x @ weight.T),
+        "linear_8bit_rows": lambda: (linear_8bit_rows(x, codes.to(device), row_stats.to(device)), x @ weight.T),
+        "linear_4bit_tiled": lambda: (linear_4bit_tiled(x, *tiled, None, OUTPUTS, "nf4", 64), x @ plain.T),
+        "rms_norm": lambda: (rms_norm(x, ones, 1e-6), torch.nn.functional.rms_norm(x, (INPUTS,), ones, 1e-6)),
+        "append_kv": appended,
+        "decode_attention": lambda: (decode_attention(q, k_cache, v_cache, last, scale), attended(k_cache, v_cache)),
+        "rotary_decode_attention": all_at_once,
+    }
+
+
+def encoder_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
+    """For each operator of the unpadded encoders that is not a plain layer a call on `device` and what it must give."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = [3, 5]
+    tokens = sum(lengths)
+    query, key, value = (torch.randn(tokens, HEADS, HEAD_DIM, generator=generator).to(device, dtype) for _ in range(3))
+    bounds = torch.tensor([0, 3, tokens], dtype=torch.int32, device=device)
+    columns = torch.tensor([*range(3), *range(5)], dtype=torch.int32, device=device)
+    mask = torch.arange(5, device=device) < torch.tensor([[3], [5]], device=device)
+
+    def one_by_one() -> Tensor:
+        parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
+        outs = [scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in part)) for part in parts]
+        return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+    def placed() -> tuple[Tensor, Tensor]:
+        indices = torch.zeros(tokens, dtype=torch.int64, device=device)
+        positions = torch.zeros(tokens, dtype=torch.int32, device=device)
+        found = torch.zeros(3, dtype=torch.int32, device=device)
+        facts = torch.zeros(4, dtype=torch.int32, device=device)
+        place_tokens(mask, indices, positions, found, facts, 0)
+        return indices, mask.flatten().nonzero().flatten()
+
+    def blocks() -> tuple[Tensor, Tensor]:
+        return attention_blocks(bounds, tokens, 16)[1].sum()[None], torch.tensor([tokens], device=device)
+
+    return {
+        "varlen_attention": lambda: (
+            varlen_attention(query, key, value, bounds, columns, 5, HEAD_DIM**-0.5),
+            one_by_one(),
+        ),
+        "attention_blocks": blocks,
+        "place_tokens": placed,
+        "gelu_": lambda: (gelu_(query.clone()), gelu(query)),
+    }
