@@ -49,7 +49,7 @@ def test_env_can_be_pasted(call: Call) -> None:
     facts = dict(line.split(maxsplit=1) for line in lines[1:-1])
     # A CUDA wheel may leave its local part (+cu130) out of its metadata.
     assert facts["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-    assert set(facts) >= {"device", "system", "python", "cuda", "transformers"}
+    assert set(facts) >= {"device", "system", "python", "cuda", "driver", "transformers", "llvmlite"}
 
 
 def test_env_as_json(call: Call) -> None:

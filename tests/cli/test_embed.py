@@ -37,6 +37,18 @@ def test_lines_in_vectors_out(call: Callable[..., Any], minilm: Path, tmp_path: 
     assert np.abs(np.linalg.norm(other, axis=1) - 1).min() > 0.1
 
 
+def test_one_document(call: Callable[..., Any], minilm: Path, tmp_path: Path) -> None:
+    lines = call("embed", minilm, "-", "--device", "cpu", stdin="hello\na cat\n").stdout.splitlines()
+    said = json.loads(call("embed", minilm, "-", "--device", "cpu", "--json", stdin="hello\na cat\n").stdout)
+    assert said["vectors"] == [json.loads(line) for line in lines]
+    assert (said["pooling"], said["normalize"], said["count"], said["size"]) == ("mean", True, 2, 384)
+    out = tmp_path / "vectors.npy"
+    said = json.loads(call("embed", minilm, "-", "--device", "cpu", "--json", "--out", out, stdin="a\n").stdout)
+    assert said["out"] == str(out)
+    assert "vectors" not in said
+    assert out.is_file()
+
+
 def test_no_line(call: Callable[..., Any], minilm: Path) -> None:
     done = call("embed", minilm, "-", "--device", "cpu", stdin="")
     assert done.exit_code == 0, done.output

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from onegpu.cli.options import Device, Model, RemoteCode
+from onegpu.cli.options import AsJson, Device, Model, RemoteCode
 from onegpu.errors import ConfigError, NotFoundError, SaveError
 
 __all__ = ["embed"]
@@ -42,9 +42,10 @@ def embed(
     ] = None,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Embed lines of text; the order is kept. An empty line has a vector too."""
-    from onegpu.cli.console import quiet_libraries, say
+    from onegpu.cli.console import print_document, quiet_libraries, say
     from onegpu.cli.models import ModelName, load_config, placement
     from onegpu.encoder import Encoder
     from onegpu.encoder.embed import find_recipe
@@ -66,11 +67,18 @@ def embed(
     encoder = Encoder.from_pretrained(name.name, device="cuda" if where == "auto" else where, **arguments)
     say(f"{encoder.recipe.pooling} pooling{', normalised' if encoder.recipe.normalize else ''}, on {encoder.device}")
     vectors = encoder.encode(texts, normalize=normalize, progress=sys.stderr.isatty())
-    if out is None:
-        write_lines(vectors)
-    else:
+    if out is not None:
         save(out, vectors)
         say(f"{len(texts)} vectors of {vectors.shape[1]} in {out}")
+    if as_json:
+        recipe = {
+            "pooling": encoder.recipe.pooling,
+            "normalize": encoder.recipe.normalize if normalize is None else normalize,
+        }
+        found = {"vectors": [as_list(vector) for vector in vectors]} if out is None else {"out": str(out)}
+        print_document({"model": name.name, **recipe, "count": len(texts), "size": int(vectors.shape[1]), **found})
+    elif out is None:
+        write_lines(vectors)
 
 
 def read_lines(file: str) -> list[str]:
@@ -93,8 +101,13 @@ def read_lines(file: str) -> list[str]:
 def write_lines(vectors: Iterable[Any]) -> None:
     """One JSON list a line on stdout."""
     for vector in vectors:
-        sys.stdout.write(json.dumps([round(float(x), 7) for x in vector]) + "\n")
+        sys.stdout.write(json.dumps(as_list(vector)) + "\n")
     sys.stdout.flush()
+
+
+def as_list(vector: Any) -> list[float]:
+    """A vector's numbers, to the digits that float32 has."""
+    return [round(float(x), 7) for x in vector]
 
 
 def save(path: Path, vectors: Any) -> None:

@@ -17,9 +17,11 @@ def env(as_json: AsJson = False) -> None:
     from onegpu.cli.bench import torch_device
     from onegpu.cli.console import print_document
     from onegpu.cli.run import to_stdout
+    from onegpu.diagnosis.machine import driver_version
 
     facts = environment(torch_device("auto"))
     facts["cuda"] = torch.version.cuda or torch.version.hip
+    facts["driver"] = driver_version()
     if as_json:
         print_document(facts)
     else:
