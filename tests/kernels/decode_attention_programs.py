@@ -1,4 +1,4 @@
-"""Compiles the kernels of a decode step without a GPU, and prints one JSON line for each case.
+"""Compiles the attention of prompts and of decode steps without a GPU, and prints one JSON line for each case.
 
 Run as a program: `python decode_attention_programs.py 90 gfx942`. Triton's interpreter must be off, hence a process of
 its own.
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kernels.ahead_of_time import spilled
 from kernels.gemv_4bit_programs import disassemble
+from onegpu.kernels import causal_attention
 from onegpu.kernels.kv_rows import append_kv_kernel
 from onegpu.kernels.launch import NO_CONTRACTION
 from onegpu.kernels.split_attention import split_attention_kernel
@@ -100,6 +101,15 @@ def compile_append(dtype: str, cache: str | None, target: GPUTarget) -> Any:
     )
 
 
+def compile_prefill(dtype: str, D: int, target: GPUTarget) -> Any:
+    itemsize, hip = CACHE[dtype], target.backend == "hip"
+    precision = "tf32x3" if itemsize == 4 and not hip else "ieee"
+    flags = {"HAS_WINDOW": True, "HAS_SOFTCAP": True, "HAS_SINKS": True}
+    settings = causal_attention.constants(4, D, D, itemsize, hip=hip, precision=precision, **flags)
+    types = {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "scale": "fp32", "softcap": "fp32"}
+    return compile_kernel(causal_attention.causal_attention_kernel, settings, types, dtype, target)
+
+
 def compile_kernel(kernel: Any, settings: dict[str, Any], types: dict[str, str], dtype: str, target: GPUTarget) -> Any:
     names = kernel.arg_names
     signature = {}
@@ -149,6 +159,9 @@ def main(architectures: list[str], *, everything: bool = False) -> None:
         ]
         if thorough:
             todo.append(("append", functools.partial(compile_append, "bf16", None, target)))
+        prompts = [("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 128), ("fp32", 256)]
+        for dtype, D in prompts if thorough else prompts[1:4:2]:
+            todo.append((f"prompt {dtype} {D}", functools.partial(compile_prefill, dtype, D, target)))
         todo.append(("append int8", functools.partial(compile_append, "bf16", "i8", target)))
         for name, compile_it in todo:
             result: dict[str, Any] = {"arch": arch, "case": name}

@@ -1,4 +1,4 @@
-"""The kernels of a decode step compile for every GPU family, without spills and within its shared memory."""
+"""The kernels of attention compile for every GPU family, without spills and within its shared memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from kernels.test_ahead_of_time import SHARED
 
 # Triton keeps tensor core operands of RDNA 3 twice in registers: with 512 bytes a row they do not fit.
 KNOWN_SPILLS = {("gfx1100", name) for name in ("gemma", "float32 256")}
+# Prompts: nothing was found that fits AMD's registers with rows of 256 bytes, at sixteen keys or sixty-four.
+KNOWN_SPILLS |= {(arch, f"prompt {kind} 128") for arch in ("gfx942", "gfx1100") for kind in ("bf16", "fp32")}
 ARCHITECTURES = [arch for arch in SHARED if arch != "75"]  # `tl.dot` there has no tensor cores, so torch runs instead
 
 
@@ -34,7 +36,7 @@ def results() -> list[dict]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles(arch: str, results: list[dict]) -> None:
     mine = [result for result in results if result["arch"] == arch]
-    assert len(mine) == (18 if arch == "90" else 6)
+    assert len(mine) == (23 if arch == "90" else 8)
     assert not [result for result in mine if "error" in result]
     assert not [r["case"] for r in mine if r["spilled"] and (arch, r["case"]) not in KNOWN_SPILLS]
     assert not [result for result in mine if result["shared"] > SHARED[arch]]
@@ -45,7 +47,7 @@ def test_compiles(arch: str, results: list[dict]) -> None:
 def test_reads_wide_and_waits_where_it_can(arch: str, results: list[dict]) -> None:
     """Keys and values come 16 bytes a thread, past the registers; from capability 9.0 on each kernel waits once."""
     for result in results:
-        if result["arch"] != arch or result["case"].startswith("append"):
+        if result["arch"] != arch or result["case"].startswith(("append", "prompt")):
             continue
         assert result["wide_loads"] > 0
         assert result["tensor_core"] > 0
