@@ -314,3 +314,33 @@ def test_rows_do_not_see_each_other() -> None:
         y = product(x, weight, None)()
         assert y[1].isnan().all()
         assert y[[0, *range(2, M)]].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K"), [(28672, 4096), (6144, 4096), (4096, 14336), (96, 192)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_tail_on_a_gpu(N: int, K: int, nested: bool) -> None:
+    """Activation, gate and residual at a decoder's shapes, kernels overlapping and not."""
+    needs_gemv(torch.bfloat16)
+    from onegpu.kernels.tail import apply_tail
+    from onegpu.kernels.tiled_ops import linear_4bit_tiled
+
+    generator = torch.Generator("cuda").manual_seed(N + K)
+    packed, absmax = blockwise.quantize_4bit(torch.randn(N, K, generator=generator, device="cuda"), "nf4", 64)
+    scales, rest = absmax, ()
+    if nested:
+        scales, *rest = blockwise.quantize_absmax(absmax)
+        absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(scales, *rest))
+    dense = blockwise.dequantize_4bit(packed, absmax, (N, K), torch.float32, "nf4", 64)
+    codes, tiles = tiling.tile_codes(packed, N, K), tiling.tile_scales(scales, N, K, 64)
+    for M in (1, 3, 8, 16, 32, 50, 128):
+        x = normal(M, K, dtype=torch.bfloat16).cuda()
+        t = torch.mm(x.double(), dense.double().T).float()
+        for activation, gated, has_residual in (("silu", True, False), (None, False, True), ("gelu", False, True)):
+            residual = normal(M, N // 2 if gated else N, dtype=torch.bfloat16).cuda() if has_residual else None
+            expected = apply_tail(t, residual, activation, gated, torch.float32)
+            tail = {"residual": residual, "activation": activation, "gated": gated}
+            for overlap in (False, True):
+                y = linear_4bit_tiled(x, codes, tiles, None, N, "nf4", 64, *rest, **tail, overlap=overlap)
+                error = float((y.float() - expected).norm() / expected.norm())
+                assert error < 0.01, (M, activation, gated, has_residual, overlap)
