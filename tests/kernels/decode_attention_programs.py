@@ -24,9 +24,9 @@ from kernels.ahead_of_time import spilled
 from kernels.gemv_4bit_programs import disassemble
 from onegpu.kernels import causal_attention
 from onegpu.kernels.kv_rows import append_kv_kernel
-from onegpu.kernels.launch import NO_CONTRACTION
+from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES
 from onegpu.kernels.split_attention import split_attention_kernel
-from onegpu.kernels.split_launch import configure, constants, num_units
+from onegpu.kernels.split_launch import configure, constants
 
 # Every case for these, some for the rest; all of them with the argument `all`.
 THOROUGH = ("90",)
@@ -82,11 +82,12 @@ def cases(dtype: str, *, overlap: bool, float8: bool) -> Iterator[Case]:
 def compile_case(case: Case, target: GPUTarget, **changes: int) -> Any:
     cache = case.cache or case.dtype
     q_bytes = CACHE[case.dtype]
-    config = replace(configure(case.G, case.D, case.DV, CACHE[cache], q_bytes, hip=target.backend == "hip"), **changes)
-    units = num_units(config, case.B, case.Hkv, 32768, 132)
+    shared = {90: 232448 - 1024}.get(target.arch, SHARED_BYTES)
+    hip = target.backend == "hip"
+    config = replace(configure(case.G, case.D, case.DV, CACHE[cache], q_bytes, hip=hip, shared=shared), **changes)
     precision = "tf32x3" if q_bytes == 4 and target.backend == "cuda" else "ieee"
     flags = {**FLAGS, **case.flags, "QUANTIZED": case.cache is not None, "OVERLAP": case.overlap}
-    settings = constants(config, case.B, case.Hkv, case.G, case.D, case.DV, units, precision=precision, **flags)
+    settings = constants(config, case.B, case.Hkv, case.G, case.D, case.DV, precision=precision, **flags)
     types = {"k_cache_ptr": f"*{cache}", "v_cache_ptr": f"*{cache}", "positions_ptr": "*i32", "tickets_ptr": "*i32"}
     types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "partial_ptr", "stats_ptr"), "*fp32")
     types |= dict.fromkeys(("scale", "softcap", "eps", "offset"), "fp32")
@@ -105,7 +106,7 @@ def compile_prefill(dtype: str, D: int, target: GPUTarget) -> Any:
     itemsize, hip = CACHE[dtype], target.backend == "hip"
     precision = "tf32x3" if itemsize == 4 and not hip else "ieee"
     flags = {"HAS_WINDOW": True, "HAS_SOFTCAP": True, "HAS_SINKS": True}
-    settings = causal_attention.constants(4, D, D, itemsize, hip=hip, precision=precision, **flags)
+    settings = causal_attention.constants(4, D, D, itemsize, precision=precision, **flags)
     types = {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "scale": "fp32", "softcap": "fp32"}
     return compile_kernel(causal_attention.causal_attention_kernel, settings, types, dtype, target)
 

@@ -105,7 +105,7 @@ def causal_attention_kernel(
         )
 
 
-def constants(G: int, D: int, DV: int, itemsize: int, *, hip: bool, precision: str, **flags: bool) -> dict[str, Any]:
+def constants(G: int, D: int, DV: int, itemsize: int, *, precision: str, **flags: bool) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and `num_warps` and `num_stages` beside them.
 
     Smaller tiles for longer rows, so that a tile of q and the sums stay in registers and k and v in shared memory.
@@ -118,11 +118,11 @@ def constants(G: int, D: int, DV: int, itemsize: int, *, hip: bool, precision: s
         "D": D,
         "DV": DV,
         "BLOCK_M": block,
-        "BLOCK_N": block // 2 if hip and row_bytes > 128 and block > 16 else block,
+        "BLOCK_N": 32 if row_bytes == 256 else block,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "PRECISION": precision,
-        "num_warps": 4 if row_bytes <= 128 else 8,
+        "num_warps": 4 if row_bytes <= 256 else 8,
         "num_stages": 2,
         **flags,
     }
@@ -151,7 +151,6 @@ def causal_attention(
         D,
         DV,
         q.element_size(),
-        hip=torch.version.hip is not None,
         precision=precision_of(q.dtype),
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,

@@ -9,7 +9,7 @@ The query heads that share a key head are rows of one tile, so that keys and val
 (heads, units). Which keys a unit takes follows from the lengths, which only the device knows: with T keys in all, B
 sequences and U units, every sequence is cut in parts of
 
-    max(MIN_KEYS, (T - B) // (U - B + 1) + 1) keys,   which makes U parts at most,
+    max(min_keys, (T - B) // (U - B + 1) + 1) keys,   which makes U parts at most,
 
 and unit u takes the u-th part. Units without one leave at once. Where a sequence has several parts, each writes
 (m, l, o) to memory and draws a ticket; the last to come adds all of them up, in order, and puts the ticket back to 0.
@@ -45,8 +45,8 @@ def part_of(
     B,
     capacity,
     window,
+    min_keys,
     BLOCK_B: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
     """Of a unit: its sequence, that one's position and keys, which part of it, and of how many (0 if there is none)."""
@@ -54,14 +54,14 @@ def part_of(
         row = 0
         position = tl.load(positions_ptr)
         count = keys_seen(position, capacity, window, HAS_WINDOW)
-        length = tl.maximum(MIN_KEYS, (count - 1) // units + 1)
+        length = tl.maximum(min_keys, (count - 1) // units + 1)
         part = unit
         parts = (count + length - 1) // length
     else:
         rows = tl.arange(0, BLOCK_B)
         positions = tl.load(positions_ptr + rows, mask=rows < B, other=0)
         counts = tl.where(rows < B, keys_seen(positions, capacity, window, HAS_WINDOW), 0)
-        length = tl.maximum(MIN_KEYS, (tl.sum(counts, 0) - B) // (units - B + 1) + 1)
+        length = tl.maximum(min_keys, (tl.sum(counts, 0) - B) // (units - B + 1) + 1)
         cut = (counts + length - 1) // length
         before = tl.cumsum(cut, 0) <= unit
         row = tl.sum(before.to(tl.int32), 0)
@@ -164,7 +164,7 @@ def write(acc, shrink, total, out_ptr, rows, wanted, DV: tl.constexpr, BLOCK_DV:
     tl.store(out_ptr + rows[:, None] * DV + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["B", "units", "capacity", "window"])
+@triton.jit(do_not_specialize=["B", "units", "capacity", "window", "min_keys"])
 def split_attention_kernel(
     q_ptr,  # [B, Hq, D], or qkv [B, (Hq + 2 Hkv) * D] if ROTARY
     k_cache_ptr,  # [slots, Hkv, capacity, D]
@@ -197,6 +197,7 @@ def split_attention_kernel(
     units,
     capacity,
     window,
+    min_keys,  # of a part
     scale,
     softcap,
     eps,
@@ -213,7 +214,6 @@ def split_attention_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_G: tl.constexpr,  # at least min(G, BLOCK_M)
     CHUNK: tl.constexpr,  # parts that are added up at a time
-    MIN_KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -237,7 +237,7 @@ def split_attention_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row, place, count, part, parts = part_of(
-        positions_ptr, unit, units, B, capacity, window, BLOCK_B, MIN_KEYS, HAS_WINDOW
+        positions_ptr, unit, units, B, capacity, window, min_keys, BLOCK_B, HAS_WINDOW
     )
     if part < parts:
         position = tl.minimum(tl.maximum(place, 0), capacity - 1)
