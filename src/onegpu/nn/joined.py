@@ -108,7 +108,13 @@ class Joined:
                 )
             y = linear_8bit(x, buffers.weight, buffers.scales, buffers.bias, first.threshold)
             return apply_tail(y.float(), residual, activation, gated, x.dtype)
-        return linear_16bit(x, buffers.weight, buffers.bias, residual, activation, gated, overlap)
+        if x.is_cuda or x.dtype == torch.float32:
+            return linear_16bit(x, buffers.weight, buffers.bias, residual, activation, gated, overlap)
+        # On a CPU a float32 product would copy the weight: rounded before the tail, as the modules do.
+        y = linear_16bit(x, buffers.weight, buffers.bias)
+        if residual is None and activation is None:
+            return y
+        return apply_tail(y.float(), residual, activation, gated, x.dtype)
 
     def is_intact(self) -> bool:
         """Whether the layers' tensors still are the parts of the joint ones: nobody moved, replaced or cast them.
