@@ -6,6 +6,7 @@ workspace   slots for a batch of this size, those there are if they do
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from onegpu.errors import UnsupportedError
 
 __all__ = ["Driver", "Way"]
 
-UNLIMITED = 2**31
+UNLIMITED = 2**62
 # Slots of other sizes are kept beside those in use as long as all together are no more than this.
 MAX_WORKSPACES = 4
 KEPT_BYTES = 2**30
@@ -66,6 +67,7 @@ class Driver:
         self.condition: Condition | None = None
         self.way: Way | str = "not looked at yet"
         self.plan: FusedPlan | None = None
+        self.lock = threading.RLock()
         self.bypass: str | None = None  # a reason against the call under way, known where it began
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
@@ -105,6 +107,11 @@ class Driver:
 
     def prepare(self) -> Way | str:
         """The way through the model as it is now; a str is the reason for Transformers' own loop."""
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            return self.look()
+
+    def look(self) -> Way | str:
+        """See `prepare`."""
         now = condition_of(self.model)
         if self.condition is None or now.fingerprint != self.condition.fingerprint:
             self.undo()
@@ -130,8 +137,7 @@ class Driver:
         try:
             for module in training:
                 module.training = False
-            with torch.no_grad():
-                return self.try_ways()
+            return self.try_ways()
         finally:
             for module in training:
                 module.training = True
@@ -172,7 +178,7 @@ class Driver:
             return replace(slots, notes=(f"its layers are not fused: {plan}",))
         reason = prove(plan)
         # A plan is kept by its model, which it must not keep alive.
-        plan.model = weakref.proxy(self.model)
+        plan.model = weakref.proxy(self.model)  # type: ignore[assignment]
         if reason is None:
             way = replace(slots, name="fused", step=FusedSteps(plan), notes=tuple(plan.report()[1:]))
             reason = self.why_not(way, trial)
@@ -196,7 +202,7 @@ class Driver:
         return reason
 
     def workspace(self, rows: int, tokens: int) -> Workspace:
-        """Slots for `rows` sequences of `tokens` tokens.
+        """Slots for `rows` sequences of `tokens` tokens that no engine runs over.
 
         Raises:
             DoesNotFitError: there is no room for them.
@@ -204,7 +210,7 @@ class Driver:
         way = self.way
         assert isinstance(way, Way)
         for number, (found, _) in enumerate(self.workspaces):
-            if found.kv.slots >= rows and found.kv.capacity >= tokens:
+            if found.user() is None and found.kv.slots >= rows and found.kv.capacity >= tokens:
                 self.workspaces.append(self.workspaces.pop(number))
                 return found
         graphs = self.options.graphs and self.device.type == "cuda"

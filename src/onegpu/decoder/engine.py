@@ -8,6 +8,7 @@ logits; a prompt that joins others is taken up but for its last token, which the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,6 +52,8 @@ class Chosen:
 class Engine:
     """Runs the sequences of one workspace under one way of choosing.
 
+    The workspace is its own until `close`, or until nobody holds the engine.
+
     Args:
         pad: the token that rows go on with when they are finished.
         chunk: tokens that one forward of a prefill takes.
@@ -67,7 +70,13 @@ class Engine:
         self.running: dict[int, int] = {}
         self.readback = Readback(workspace.state.outbox)
         self.last: DecodeStep | None = None
+        assert workspace.user() is None
+        workspace.user = weakref.ref(self)
         workspace.state.clear()
+
+    def close(self) -> None:
+        """Leave the slots to others."""
+        self.workspace.user = lambda: None
 
     def add(self, tokens: Tensor, history: Tensor | None = None) -> int:
         """Put a prompt in line; gives its slot.
@@ -98,6 +107,7 @@ class Engine:
         self.waiting = [sequence for sequence in self.waiting if sequence.slot != slot]
         self.workspace.state.finished[slot] = True
 
+    @torch.no_grad()
     def step(self) -> None:
         """Choose one token for every sequence; its place in line comes with `take`."""
         if self.waiting and not self.running:

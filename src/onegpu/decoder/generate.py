@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onegpu.decoder.arguments import context_limit
 from onegpu.decoder.driver import Driver, Way
 from onegpu.decoder.engine import Chosen, Engine
 from onegpu.decoder.first_nan import first_nan
 from onegpu.decoder.requests import Request
-from onegpu.errors import DoesNotFitError, NumericError
+from onegpu.errors import ArgumentError, DoesNotFitError, NumericError
 
 __all__ = ["run_request"]
 
@@ -35,7 +36,9 @@ def run_request(driver: Driver, request: Request) -> Any:
     """
     message = ""
     try:
-        return generate(driver, request)
+        # What is made here outlives the call: it must not belong to a caller's inference mode.
+        with driver.lock, torch.inference_mode(False), torch.no_grad():
+            return generate(driver, request)
     except torch.OutOfMemoryError as error:
         message = str(error).splitlines()[0]
     except BaseException:
@@ -57,9 +60,17 @@ def generate(driver: Driver, request: Request) -> Any:
     """See `run_request`."""
     way = driver.way
     assert isinstance(way, Way)
-    device = driver.device
     workspace = driver.workspace(request.batch_size, request.tokens)
     engine = Engine(workspace, request.selection, request.stop, request.pad, way.chunk)
+    try:
+        return answer_with(driver, request, engine)
+    finally:
+        engine.close()
+
+
+def answer_with(driver: Driver, request: Request, engine: Engine) -> Any:
+    """See `run_request`."""
+    device = driver.device
     ids = request.input_ids.to(device, non_blocking=True)
     for row in range(request.batch_size):
         engine.add(request.prompt(row, device), ids[row])
@@ -77,8 +88,15 @@ def run_steps(driver: Driver, request: Request, engine: Engine) -> Answer:
     ahead = 1 if driver.device.type == "cuda" else 0
     launched = 0
     done = False
+    most = request.most_new(context_limit(driver.model))
     while not done and len(answer.tokens) < request.max_new:
-        while launched < min(request.max_new, len(answer.tokens) + 1 + ahead):
+        if len(answer.tokens) == most:
+            raise ArgumentError(
+                f"the model has positions for {context_limit(driver.model):,} tokens, and a prompt of "
+                f"{max(request.lengths):,} with {most:,} new ones has no end yet",
+                "shorten the prompt, or ask for fewer new tokens",
+            )
+        while launched < min(most, len(answer.tokens) + 1 + ahead):
             engine.step()
             keep_outputs(request, engine, answer)
             launched += 1

@@ -50,13 +50,11 @@ class Trial:
 
 
 def plain_logits(model: nn.Module, prompt: Tensor, fed: Tensor) -> tuple[Tensor, Any]:
-    """Logits [1 + STEPS, V] of one prompt and the tokens after it, through Transformers' own cache; and that cache."""
+    """Logits [1 + STEPS, V] after one prompt and each of the tokens behind it, and Transformers' own cache of them."""
     cache: Any = DynamicCache(config=model.config)
-    found = []
-    for tokens in (prompt, *(token[None] for token in fed)):
-        output = model(input_ids=tokens[None], past_key_values=cache, use_cache=True, return_dict=True)
-        found.append(output.logits[0, -1].float())
-    return torch.stack(found), cache
+    tokens = torch.cat([prompt, fed])[None]
+    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
+    return output.logits[0, -1 - STEPS :].float(), cache
 
 
 def make_trial(model: nn.Module, vocab_size: int, device: torch.device) -> tuple[Trial, Cache]:

@@ -22,6 +22,8 @@ KNOWN = {
     "logits_to_keep",
     "cache_position",
     "inputs_embeds",
+    "tokenizer",
+    "assistant_tokenizer",
 }
 CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window")
 
@@ -59,6 +61,10 @@ class Request:
     def tokens(self) -> int:
         """Tokens that the longest row may come to, padding included."""
         return max(self.input_ids.shape[1], max(self.lengths)) + self.max_new
+
+    def most_new(self, positions: int | None) -> int:
+        """New tokens that can be made by a model of so many positions; the last one is fed to nobody."""
+        return self.max_new if positions is None else min(self.max_new, positions - max(self.lengths) + 1)
 
     def prompt(self, row: int, device: torch.device) -> Tensor:
         """The real tokens of a row, or their embeddings."""
@@ -115,6 +121,8 @@ def why_not_asked(model: nn.Module, config: Any, synced_gpus: bool, inputs: dict
     """A reason in the options of the call."""
     if model.training:
         return "the model is in training mode"
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return "autocast is on"
     if synced_gpus:
         return "several processes generate in step"
     for flag in ("output_attentions", "output_hidden_states"):

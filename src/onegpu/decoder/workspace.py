@@ -59,6 +59,7 @@ class Workspace:
     captured: dict[Hashable, tuple[DecodeStep, Callable[[], None]]] = field(default_factory=dict)
     refused: str | None = None  # why steps run eagerly though graphs were asked for
     pool: Any = None
+    user: Callable[[], Any] = lambda: None  # gives the engine that runs over it, as long as there is one
     choices: dict[Hashable, Choice] = field(default_factory=dict)  # with the buffers that graphs hold
 
     def rows_for(self, rows: int) -> int:
@@ -70,6 +71,9 @@ class Workspace:
         key = (selection, stop, rows)
         found = self.choices.get(key)
         if found is None:
+            if len(self.choices) >= MAX_GRAPHS:
+                self.captured.clear()
+                self.choices.clear()
             device, width = self.state.device, self.state.history.shape[1]
             states = selection.state(rows, width, device), stop.state(rows, width, device, pad_token_id=pad)
             found = self.choices[key] = Choice(selection, stop, *states)
