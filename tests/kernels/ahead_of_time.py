@@ -46,16 +46,22 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool) -> I
     """What each launcher asks for on real shapes; every kernel at least once, more of its forms if `thorough`."""
     four_bit = {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64}
     fp4 = {**four_bit, "QUANT_TYPE": "fp4"}
-    plain = {"SCALE_SEARCH": False, "HAS_IMPORTANCE": False, "BLOCKS": quantize.TILE // 64}
-    search = {"SCALE_SEARCH": True, "HAS_IMPORTANCE": True, "BLOCKS": quantize.SEARCH_TILE // 64}
-    rows = {"HAS_OUTLIERS": True, "BLOCK_K": quantize.ROW_TILE}
+    plain = {"SCALE_SEARCH": False, "HAS_IMPORTANCE": False, "WHOLE": True, **quantize.tile_of(64, False)}
+    search = {"SCALE_SEARCH": True, "HAS_IMPORTANCE": True, "WHOLE": True, **quantize.tile_of(64, True)}
+    rows = {"BLOCK_K": quantize.ROW_TILE}
     for nested in (False, True)[not thorough :]:
-        settings = {**four_bit, "NESTED": nested, "BLOCKS": dequantize.TILE // 64}
+        settings = {**four_bit, "NESTED": nested, "WHOLE": True, **dequantize.tile_of(64)}
         yield Case(f"dequantize nested={nested}", dequantize.dequantize_kernel, settings, sixteen_bit)
     yield Case("quantize nf4", quantize.quantize_4bit_kernel, {**four_bit, **plain}, sixteen_bit)
     yield Case("quantize fp4 search", quantize.quantize_4bit_kernel, {**fp4, **search}, sixteen_bit)
     if thorough:
         yield Case("quantize nf4 search", quantize.quantize_4bit_kernel, {**four_bit, **search}, "fp32")
+        longest = {**fp4, **plain, "BLOCKSIZE": 4096, "WHOLE": False, **quantize.tile_of(4096, False)}
+        yield Case("quantize long", quantize.quantize_4bit_kernel, longest, "fp32")
+        longest = {**fp4, "BLOCKSIZE": 4096, "NESTED": True, "WHOLE": False, **dequantize.tile_of(4096)}
+        yield Case("dequantize long", dequantize.dequantize_kernel, longest, "fp32")
+    for K in (14336, 28672)[not thorough :]:
+        yield Case(f"quantize rows {K}", quantize.quantize_whole_rows_kernel, quantize.row_settings(K), sixteen_bit)
     yield Case("row stats", quantize.row_stats_kernel, rows, sixteen_bit)
     yield Case("quantize rows", quantize.quantize_rows_kernel, rows, sixteen_bit)
     for M, K, nested, dtype in ((1, 4096, True, sixteen_bit), (64, 4096, True, sixteen_bit), (4, 4095, False, "fp32")):

@@ -50,6 +50,25 @@ class TestQuantize4bit:
         assert torch.equal(packed.cpu(), blockwise.quantize_4bit(blocks, quant_type, 32)[0])
 
     @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    def test_every_bfloat16(self, quant_type: str, device: torch.device, quantize) -> None:
+        """All magnitudes up to one, of either sign, against a largest one in their block: no guess is too far off."""
+        values = torch.arange(0x3F80 + 1, dtype=torch.int16).view(torch.bfloat16)
+        blocks = torch.ones(-(-2 * len(values) // 63), 64, dtype=torch.bfloat16)
+        flat = torch.cat([values, -values, torch.zeros(blocks.shape[0] * 63 - 2 * len(values), dtype=torch.bfloat16)])
+        blocks[:, 1:] = flat.view(-1, 63)
+        packed, absmax = quantize.quantize_4bit(blocks.to(device), quant_type, 64)
+        assert (absmax == 1).all()
+        assert torch.equal(packed.cpu(), blockwise.quantize_4bit(blocks, quant_type, 64)[0])
+
+    @pytest.mark.parametrize("n", [2047, 2048, 2049, 4096])
+    def test_whole_programs_and_what_is_left(self, n: int, device: torch.device, quantize) -> None:
+        weight = normal(n + 64, dtype=torch.bfloat16)[:n]
+        packed, absmax = quantize.quantize_4bit(weight.to(device), "nf4", 64)
+        expected = blockwise.quantize_4bit(weight, "nf4", 64)
+        assert torch.equal(packed.cpu(), expected[0])
+        assert torch.equal(absmax.cpu(), expected[1])
+
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
     def test_edges(self, quant_type: str, device: torch.device, quantize) -> None:
         """Zero, tiny, huge and broken blocks."""
@@ -118,7 +137,7 @@ class TestScaleSearch:
 class TestQuantize8bitRows:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("threshold", [0.0, 1.0, 6.0])
-    @pytest.mark.parametrize(("M", "K"), [(1, 1), (5, 33), (3, 1100)])
+    @pytest.mark.parametrize(("M", "K"), [(1, 1), (5, 33), (3, 1100), (2, 16500)])
     def test_bytes(self, dtype: torch.dtype, threshold: float, M: int, K: int, device: torch.device, quantize) -> None:
         x = normal(M, K, dtype=dtype)
         x[0, K // 2] = 6.0

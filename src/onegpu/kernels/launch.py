@@ -17,31 +17,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onegpu.formats.codebooks import FP4_BOUNDARIES, FP4_CODE, NF4_BOUNDARIES, NF4_CODE, SMALLEST_SCALE
+from onegpu.formats.codebooks import FP4_CODE, NF4_CODE, SMALLEST_SCALE
 
 __all__ = [
     "NO_CONTRACTION",
+    "SHARED_BYTES",
     "capability",
     "decode",
-    "encode",
     "load_scale",
     "nested_arguments",
     "on_device_of",
     "reciprocal",
     "round_half_even",
+    "select_of_16",
+    "shared_bytes",
     "to_float16_range",
 ]
 
 NO_CONTRACTION: Final = {"enable_fp_fusion": False}
+# Bytes of shared memory that every card has for one program, AMD's being the least.
+SHARED_BYTES: Final = 65536
 # The interpreter has no device to ask; it does all that the newest one does.
 INTERPRETER_CAPABILITY = (9, 0)
 
 NF4: Final = tl.constexpr(NF4_CODE)
 FP4: Final = tl.constexpr(FP4_CODE)
-NF4_STEPS: Final = tl.constexpr(NF4_BOUNDARIES)
-FP4_STEPS: Final = tl.constexpr(FP4_BOUNDARIES)
-NUM_NF4_STEPS: Final = tl.constexpr(len(NF4_BOUNDARIES))
-NUM_FP4_STEPS: Final = tl.constexpr(len(FP4_BOUNDARIES))
 SMALLEST_NORMAL: Final = tl.constexpr(SMALLEST_SCALE)
 # Adding and taking off 1.5 * 2**23 leaves a float32 of magnitude below 2**22 rounded to a whole number, half to even.
 ROUND_OFFSET: Final = tl.constexpr(12582912.0)
@@ -73,14 +73,15 @@ def nested_arguments(
 def decode(q, QUANT_TYPE: tl.constexpr):
     """The table value of each code 0..15: float32. A tree of selects: no memory, no shuffle, any layout."""
     if QUANT_TYPE == "nf4":
-        value = _select(q, NF4)
+        value = select_of_16(q, NF4)
     else:
-        value = _select(q, FP4)
+        value = select_of_16(q, FP4)
     return value
 
 
 @triton.jit
-def _select(q, CODE: tl.constexpr):
+def select_of_16(q, CODE: tl.constexpr):
+    """CODE[q] for q in 0..15."""
     b0 = (q & 1) != 0
     b1 = (q & 2) != 0
     b2 = (q & 4) != 0
@@ -90,21 +91,6 @@ def _select(q, CODE: tl.constexpr):
     v2 = tl.where(b1, tl.where(b0, CODE[11], CODE[10]), tl.where(b0, CODE[9], CODE[8]))
     v3 = tl.where(b1, tl.where(b0, CODE[15], CODE[14]), tl.where(b0, CODE[13], CODE[12]))
     return tl.where(b3, tl.where(b2, v3, v2), tl.where(b2, v1, v0))
-
-
-@triton.jit
-def encode(scaled, QUANT_TYPE: tl.constexpr):
-    """The code of each scaled weight: int32. The same rule as `formats.codebooks.encode`."""
-    code = tl.zeros(scaled.shape, tl.int32)
-    if QUANT_TYPE == "nf4":
-        for i in tl.static_range(NUM_NF4_STEPS):
-            code += (scaled > NF4_STEPS[i]).to(tl.int32)
-    else:
-        magnitude = tl.abs(scaled)
-        for i in tl.static_range(NUM_FP4_STEPS):
-            code += (magnitude > FP4_STEPS[i]).to(tl.int32)
-        code = (code ^ ((code & 2) * 2)) + (scaled < 0).to(tl.int32) * 8
-    return code
 
 
 @triton.jit
@@ -143,7 +129,17 @@ def round_half_even(value):
 @triton.jit
 def to_float16_range(x):
     """float32 copy of values rounded to float16, saturating; NaN stays."""
-    x = x.to(tl.float32)
-    x = tl.where(x > FLOAT16_MAX, FLOAT16_MAX, x)
-    x = tl.where(x < -FLOAT16_MAX, -FLOAT16_MAX, x)
-    return x.to(tl.float16).to(tl.float32)
+    wide = tl.maximum(x.to(tl.float32), -FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    wide = tl.minimum(wide, FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL)
+    if x.dtype != tl.float16:
+        wide = wide.to(tl.float16).to(tl.float32)
+    return wide
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """What one program may have of a device's shared memory; a little is left for sums over warps."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES + 1024)) - 1024
