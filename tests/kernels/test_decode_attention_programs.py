@@ -15,6 +15,8 @@ from kernels.test_ahead_of_time import SHARED
 
 # Triton keeps tensor core operands of RDNA 3 twice in registers: with 512 bytes a row they do not fit.
 KNOWN_SPILLS = {("gfx1100", name) for name in ("gemma", "float32 256")}
+# ptxas sets two addresses aside before the loop over keys and takes them back after it.
+KNOWN_SPILLS |= {("90", "llama"), ("90", "llama rotary 32")}
 # Prompts: nothing was found that fits AMD's registers with rows of 256 bytes, at sixteen keys or sixty-four.
 KNOWN_SPILLS |= {(arch, f"prompt {kind} 128") for arch in ("gfx942", "gfx1100") for kind in ("bf16", "fp32")}
 ARCHITECTURES = [arch for arch in SHARED if arch != "75"]  # `tl.dot` there has no tensor cores, so torch runs instead
