@@ -64,6 +64,22 @@ def test_nested_tensors_take_part() -> None:
         assert bench.nested(model)(batch).shape == (2, 9, 384)
 
 
+def test_covered_time() -> None:
+    assert bench.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.75)]) == 4
+    assert bench.covered([]) == 0
+
+
+@pytest.mark.gpu
+def test_kernels_take_no_longer_than_the_round() -> None:
+    device = torch.device("cuda")
+    model = bench.random_model("minilm-l6", torch.float16, device)
+    sets = {"random": bench.make_texts([64] * 32, 16, 1000, device)}
+    rows = bench.compare_order(model, sets, 1e12, runs=3, gaps=True)
+    for row in rows:
+        assert row.kernel_ms is not None
+        assert 0 < row.kernel_ms <= 1.5 * row.slowest
+
+
 def test_cosine() -> None:
     a, b = np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[2.0, 0.0], [1.0, 0.0]])
     assert bench.smallest_cosine(a, b) == pytest.approx(0.5**0.5)

@@ -14,7 +14,7 @@ from torch import nn
 from encoder.test_architectures import assert_equal, run
 from encoder.zoo import CASES, padded_mask
 from onegpu.encoder import EncoderOptions
-from onegpu.encoder.fuse import is_exact_gelu
+from onegpu.encoder.fuse import is_exact_gelu, linear_gelu_in_chunks
 from onegpu.encoder.graphs import record_on_host
 from onegpu.encoder.optimize import EncoderReport, fuse, optimize_encoder, restore_encoder
 
@@ -47,7 +47,7 @@ def optimized(model: Any, options: EncoderOptions | None = None) -> EncoderRepor
     return report
 
 
-@pytest.mark.parametrize("activation", ["inplace", "epilogue"])
+@pytest.mark.parametrize("activation", ["inplace", "epilogue", "chunked"])
 @pytest.mark.parametrize("name", PARTS)
 def test_equal(name: str, activation: str) -> None:
     case, mask = case_of(name), padded_mask((5, 10, 4, 2))
@@ -127,14 +127,31 @@ def test_a_copy_is_its_own() -> None:
     case, mask = case_of("bert"), padded_mask((5, 10, 4, 2))
     model, inputs = case.build(), case.inputs(mask)
     want = run(model, inputs)
-    optimized(model)
+    stack = optimized(model).stacks[0].stack
+    for _ in range(3):
+        run(model, inputs)
+    assert stack.graphs.captured
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert_equal(case, mask, run(copied, inputs), want)
+    for _ in range(3):
+        assert_equal(case, mask, run(copied, inputs), want)
     restore_encoder(copied)
     assert_equal(case, mask, run(copied, inputs), want)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300, 1000])
+def test_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Every row once, however they are cut: 300 rows in three chunks, the last one short."""
+    monkeypatch.setattr("onegpu.encoder.fuse.CHUNK_BYTES", 128 * 24 * 4)
+    torch.manual_seed(0)
+    x, linear = torch.randn(1, rows, 16), nn.Linear(16, 24)
+    with torch.no_grad():
+        got = linear_gelu_in_chunks(x, linear.weight, linear.bias)
+        want = nn.functional.gelu(linear(x))
+    assert got.shape == (1, rows, 24)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 def test_only_the_exact_gelu() -> None:

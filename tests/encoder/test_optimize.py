@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from encoder.test_architectures import assert_equal, outcomes, run
 from encoder.zoo import CASES, MODERN, SEQ2SEQ, SPEECH, TEXT, Case, padded_mask, seq2seq, speech, text
 from onegpu.encoder import EncoderOptions
+from onegpu.encoder.graphs import record_on_host
 from onegpu.encoder.optimize import encoder_report, optimize_encoder, restore_encoder
 from onegpu.errors import ArgumentError, ConfigError
 
@@ -57,8 +58,7 @@ def test_heads(case: Case) -> None:
     want = run(model, inputs)
     assert optimize_encoder(model).is_optimized
     got = run(model, inputs)
-    if case.name != "wav2vec2 sequence":  # it asks for hidden states of its own
-        assert outcomes(model).get("direct") == 1
+    assert outcomes(model).get("direct") == 1
     if "start_logits" in got:
         for name in ("start_logits", "end_logits"):
             assert bool((got[name][mask == 0] == torch.finfo(torch.float32).min).all())
@@ -75,10 +75,9 @@ def plain_reason(model: Any) -> str:
     return ways[0].removeprefix("plain: ")
 
 
-@pytest.mark.parametrize("flag", ["output_hidden_states", "output_attentions"])
 @pytest.mark.parametrize("in_config", [False, True])
-def test_more_outputs_are_the_plain_ones(flag: str, in_config: bool) -> None:
-    model = BERT.build()
+def test_attentions_are_the_plain_ones(in_config: bool) -> None:
+    model, flag = BERT.build(), "output_attentions"
     model.set_attn_implementation("eager")
     inputs = BERT.inputs(padded_mask())
     options = {} if in_config else {flag: True}
@@ -93,6 +92,40 @@ def test_more_outputs_are_the_plain_ones(flag: str, in_config: bool) -> None:
     name = flag.removeprefix("output_")
     assert len(got[name]) == len(want[name]) > 1
     assert all(torch.equal(a, b) for a, b in zip(got[name], want[name], strict=True))
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+@pytest.mark.parametrize("name", ["bert", "roformer", "t5-encoder", "modernbert", "mpnet", "xlm-roberta", "wav2vec2"])
+def test_hidden_states_without_padding(name: str, in_config: bool) -> None:
+    """Of every layer, as many and of the same shapes; zeros at padding behind the first layer."""
+    case, mask = next(case for case in CASES if case.name == name), padded_mask((6, 10, 3, 2))
+    model, inputs = case.build(), case.inputs(mask)
+    options = {} if in_config else {"output_hidden_states": True}
+    model.config.output_hidden_states = in_config
+    with torch.no_grad():
+        want = model(**inputs, **options)
+        report = optimize_encoder(model)
+        for line in report.stacks:
+            assert line.stack is not None
+            line.stack.graphs.works_anywhere = True
+            line.stack.graphs.capture = record_on_host
+        for _ in range(3):
+            got = model(**inputs, **options)
+            run(model, {**inputs})  # the way of graphs in between
+    assert outcomes(model)["direct"] >= 3
+    assert len(got.hidden_states) == len(want.hidden_states) > 2
+    for place, (actual, expected) in enumerate(zip(got.hidden_states, want.hidden_states, strict=True)):
+        assert actual.shape == expected.shape
+        valid = case.valid(mask, expected.shape[1])
+        limit = 2e-5 * float(expected[valid].abs().max())
+        assert float((actual[valid] - expected[valid]).abs().max()) <= limit
+        assert place == 0 or float(actual[~valid].abs().max()) == 0
+    valid = case.valid(mask, got.last_hidden_state.shape[1])
+    assert torch.equal(got.hidden_states[-1][valid], got.last_hidden_state[valid])
+    restore_encoder(model)
+    with torch.no_grad():
+        again = model(**inputs, **options)
+    assert all(torch.equal(a, b) for a, b in zip(again.hidden_states, want.hidden_states, strict=True))
 
 
 def test_a_layer_someone_watches_stays_plain() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from onegpu.errors import ArgumentError
+from onegpu.kernels.encoder_ops import MAX_BLOCK_SEQUENCES, attention_blocks
 
 __all__ = ["AttentionView", "PendingBatch", "RelativeBias", "UnpaddedBatch", "pad_input", "unpad_input"]
 
@@ -40,6 +41,8 @@ class UnpaddedBatch:
     has_holes: bool  # whether padding stands between real tokens of one row
     has_first: bool  # whether every row begins with a real token
     lengths: tuple[int, ...] | None  # the N lengths, where the host has them without waiting
+    # What the attention kernel's programs do, by the queries of each; made by the first layer, used by all.
+    listed: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> UnpaddedBatch:
@@ -108,6 +111,14 @@ class UnpaddedBatch:
             has_first=self.has_first,
             lengths=None,
         )
+
+    def blocks(self, block_m: int) -> Tensor | None:
+        """`attention_blocks` of this batch; None where it has too many sequences for one."""
+        if self.cu_seqlens.numel() > MAX_BLOCK_SEQUENCES + 1:
+            return None
+        if block_m not in self.listed:
+            self.listed[block_m] = attention_blocks(self.cu_seqlens, self.indices.numel(), block_m)
+        return self.listed[block_m]
 
     def groups(self) -> list[tuple[int, int, int]]:
         """`(first token, sequences, length)` of each run of equally long sequences; empty ones are left out.

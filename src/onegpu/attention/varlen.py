@@ -1,7 +1,7 @@
 """Attention over unpadded tokens: the ways to compute it, in order of speed, and why each one can't.
 
 torch_varlen    torch.nn.attention.varlen: FlashAttention over cu_seqlens
-onegpu_varlen   our Triton kernel: float32, a bias by distance, windows over holes
+onegpu_varlen   our Triton kernel: float32, a bias by distance, windows over holes; first where sequences are short
 grouped         sequences of equal length through scaled_dot_product_attention, a group at a time; any CPU
 padded          back to [B, S] for this one operation; takes everything, also where gradients are wanted
 """
@@ -23,8 +23,14 @@ from onegpu.errors import UnsupportedError
 from onegpu.kernels.encoder_ops import MAX_HEAD_DIM
 from onegpu.kernels.encoder_ops import varlen_attention as varlen_kernel
 from onegpu.kernels.ops import why_not_triton
+from onegpu.kernels.varlen_config import tiles_for
 
 __all__ = ["BACKENDS", "Backend", "VarlenSpec", "choose", "flash_allowed", "varlen_attention"]
+
+
+# torch's kernel has tiles of 128 queries, and programs for blocks that short sequences do not have.
+SHORT_SEQLEN = 512
+SHORT_HEAD_DIM = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class VarlenSpec:
     lengths_on_host: bool = False
     flash_allowed: bool = True
     fixed: bool = False
+    is_short: bool = False
 
 
 Run = Callable[[Tensor, Tensor, Tensor, AttentionView, float, RelativeBias | None], Tensor]
@@ -137,6 +144,9 @@ def run_onegpu_varlen(
 ) -> Tensor:
     batch = view.batch
     table = None if bias is None else bias.table
+    blocks = None
+    if query.device.type == "cuda":
+        blocks = batch.blocks(tiles_for(query.dtype, query.shape[2], batch.max_seqlen).block_m)
     return varlen_kernel(
         query,
         key,
@@ -148,6 +158,7 @@ def run_onegpu_varlen(
         view.causal,
         view.window,
         table,
+        blocks,
     )
 
 
@@ -228,6 +239,12 @@ def flash_allowed() -> bool:
     return bool(torch._C._get_flash_sdp_enabled())
 
 
+def is_short(query: Tensor, view: AttentionView) -> bool:
+    """Whether our kernel is the faster one: sequences of few tiles, without a window."""
+    is_small = view.batch.max_seqlen <= SHORT_SEQLEN and query.shape[2] <= SHORT_HEAD_DIM
+    return is_small and view.window is None and not view.causal
+
+
 def gqa(query: Tensor, key: Tensor) -> bool:
     return query.shape[1] != key.shape[1]
 
@@ -238,6 +255,7 @@ BACKENDS = (
     Backend("grouped", why_not_grouped, run_grouped),
     Backend("padded", why_not_padded, run_padded),
 )
+SHORT_FIRST = (BACKENDS[1], BACKENDS[0], *BACKENDS[2:])
 
 
 @functools.lru_cache(maxsize=256)
@@ -248,7 +266,7 @@ def choose(spec: VarlenSpec, name: str | None = None) -> Backend:
         UnsupportedError: `name` is not a backend, or none can; with the reason of each.
     """
     reasons = []
-    for backend in BACKENDS:
+    for backend in SHORT_FIRST if spec.is_short else BACKENDS:
         if name not in (None, backend.name):
             continue
         reason = backend.why_not(spec)
@@ -296,5 +314,6 @@ def varlen_attention(
         lengths_on_host=view.batch.lengths is not None,
         fixed=view.fixed,
         flash_allowed=query.device.type != "cuda" or flash_allowed(),
+        is_short=query.device.type == "cuda" and is_short(query, view),
     )
     return choose(spec, view.backend).run(query, key, value, view, scale, bias)

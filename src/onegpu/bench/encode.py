@@ -58,10 +58,12 @@ SHAPES: Final = {
 VARIANTS: Final = {
     "onegpu": EncoderOptions(),
     "onegpu, GELU in the product": EncoderOptions(fuse_activation="epilogue"),
+    "onegpu, GELU in chunks": EncoderOptions(fuse_activation="chunked"),
     "onegpu, GELU not fused": EncoderOptions(fuse_activation="off"),
     "onegpu, norm not fused": EncoderOptions(fuse_norm=False),
     "onegpu, three QKV products": EncoderOptions(fuse_qkv=False),
     "onegpu, our attention": EncoderOptions(attention="onegpu_varlen"),
+    "onegpu, torch's attention": EncoderOptions(attention="torch_varlen"),
     "onegpu, no graphs": EncoderOptions(graphs=False),
     "onegpu, unpadding alone": EncoderOptions(graphs=False, fuse_qkv=False, fuse_norm=False, fuse_activation="off"),
 }
@@ -87,7 +89,10 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class EncodeRow:
-    """One contender on one order. `share` is of the matrix-product limit; `host_ms` is one batch's time to launch."""
+    """One contender on one order. `share` is of the matrix-product limit; `host_ms` is one batch's time to launch.
+
+    `kernel_ms` is the time of a round in which the device worked at all; the rest of it, it waited for the host.
+    """
 
     contender: str
     order: str
@@ -99,6 +104,7 @@ class EncodeRow:
     padding: float
     host_ms: float
     largest_difference: float | None = None
+    kernel_ms: float | None = None
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -221,9 +227,10 @@ def compare_order(
     warm_up: int | None = None,
     variants: bool = False,
     peers: bool = False,
+    gaps: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[EncodeRow]:
-    """Plain Transformers, ours and with `peers` theirs, over each set of texts."""
+    """Plain Transformers, ours, with `peers` theirs, over each set of texts; with `gaps` also how long kernels ran."""
     device = next(model.parameters()).device
     if warm_up is None:
         # A graph is captured the second time its size comes.
@@ -247,7 +254,9 @@ def compare_order(
         texts = sets[order]
         limit = work_of(model, texts.lengths) / flops
         host = host_milliseconds(contenders[name], texts.batches[0], device)
-        rows.append(replace(row_of(name, order, measured, texts, limit, host), largest_difference=differences[name]))
+        row = row_of(name, order, measured, texts, limit, host)
+        kernels = kernel_milliseconds(contenders[name], texts.batches) if gaps and device.type == "cuda" else None
+        rows.append(replace(row, largest_difference=differences[name], kernel_ms=kernels))
     return rows
 
 
@@ -283,6 +292,29 @@ def host_milliseconds(forward: Contender, batch: dict[str, Tensor], device: torc
             times.append(time.perf_counter() - begun)
     synchronize(device)
     return statistics.median(times) * 1e3
+
+
+def kernel_milliseconds(forward: Contender, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Time in which the device ran kernels or copies, over one round of all batches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.inference_mode():
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for batch in batches:
+                forward(batch)
+            torch.cuda.synchronize()
+    on_device = [event for event in found.events() or () if event.device_type.name == "CUDA"]
+    return covered([(event.time_range.start, event.time_range.end) for event in on_device]) / 1e3
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of spans."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def compiled(model: Any) -> Contender:

@@ -34,6 +34,7 @@ def encode(
     runs: Annotated[int, typer.Option("--runs", min=1)] = 5,
     peers: Annotated[bool, typer.Option("--peers", help="Also torch.compile and torch's nested tensors.")] = False,
     variants: Annotated[bool, typer.Option("--variants", help="Also ours with each part switched off.")] = False,
+    gaps: Annotated[bool, typer.Option("--gaps", help="Also how long the GPU worked, by its own clock.")] = False,
     single: Annotated[int, typer.Option("--single", min=0, help="Also one text of so many tokens; 0 for none.")] = 32,
     profile: Annotated[bool, typer.Option("--profile", help="Also where the GPU's time goes, by kernel.")] = False,
     strings: Annotated[
@@ -75,10 +76,10 @@ def encode(
         "random": make_texts(lengths, batch, vocabulary, target),
         "sorted": make_texts(sorted(lengths), batch, vocabulary, target),
     }
-    rows = compare_order(loaded, sets, flops, runs=runs, variants=variants, peers=peers, progress=say)
+    rows = compare_order(loaded, sets, flops, runs=runs, variants=variants, peers=peers, gaps=gaps, progress=say)
     if single:
         one = {f"one of {single}": make_texts([single] * 20, 1, vocabulary, target)}
-        rows += compare_order(loaded, one, flops, runs=runs, variants=variants, peers=peers, progress=say)
+        rows += compare_order(loaded, one, flops, runs=runs, variants=variants, peers=peers, gaps=gaps, progress=say)
     tables = []
     if profile and target.type == "cuda":
         for options in (EncoderOptions(), EncoderOptions(fuse_activation="epilogue")):
@@ -137,15 +138,17 @@ def words(count: int, mean: float) -> list[str]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| contender | order | padding | ms | slowest - fastest | real tok/s | of the limit | host, ms | difference |",
-        "| --- " * 9 + "|",
+        "| contender | order | padding | ms | slowest - fastest | real tok/s | of the limit | host, ms | kernels, ms "
+        "| difference |",
+        "| --- " * 10 + "|",
     ]
     for row in rows:
         difference = row["largest_difference"]
         lines.append(
             f"| {row['contender']} | {row['order']} | {row['padding']:.0%} | {row['milliseconds']:.2f} "
             f"| {row['slowest']:.2f} - {row['fastest']:.2f} | {row['tokens_per_second']:,.0f} | {row['share']:.1%} "
-            f"| {row['host_ms']:.2f} | {'' if difference is None else f'{difference:.1e}'} |"
+            f"| {row['host_ms']:.2f} | {'' if row['kernel_ms'] is None else format(row['kernel_ms'], '.2f')} "
+            f"| {'' if difference is None else f'{difference:.1e}'} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,10 @@
 """CUDA graphs of a stack's layers, one per bucket, captured the second time a bucket is seen.
 
-A graph reads fixed addresses: the hidden states, the batch's arrays and every other tensor the layers are given get
-buffers of their own, filled before each replay. Parameters are read where they are, so a change in place is seen;
-a parameter, buffer or module that was exchanged is noticed, and all graphs are captured anew.
+A graph reads fixed addresses. Where the batch was written to the arena early, and the layers are given nothing else
+that depends on it, a replay needs nothing but the bucket's sizes (`quick`). Else hidden states, the batch's arrays and
+every other tensor have buffers, filled before each replay. All graphs of a stack share buffers, since they never run
+side by side. Parameters are read where they are, so a change in place is seen; a parameter, buffer or module that was
+exchanged is noticed, and all graphs are captured anew.
 """
 
 from __future__ import annotations
@@ -18,24 +20,29 @@ from torch import Tensor, nn
 
 from onegpu.attention.unpadded import AttentionView, RelativeBias, UnpaddedBatch, unpad_input
 from onegpu.attention.varlen import flash_allowed
-from onegpu.encoder.run import Program, fixed_view, run_program
+from onegpu.encoder.arena import Arena, Sizes, close_bounds
+from onegpu.encoder.embeddings import LateEmbedding
+from onegpu.encoder.program import Program, outside_tensors, run_program, substitute, with_batch
 
 __all__ = ["GraphCache", "Snapshot", "capture_cuda", "record_on_host"]
 
-MAX_GRAPHS = 48
+# A text encoder's batches of one kind take about ten; each costs a megabyte or two.
+MAX_GRAPHS = 192
 MAX_TOKENS = 65536
 
 Body = Callable[[], Tensor]
+# What the layers begin with: embeddings [B, S, hidden], or the call that will make them.
+Start = Tensor | LateEmbedding
 # Runs the body once and gives what repeats it, and the tensor that holds its result after each repetition.
 Capture = Callable[[Body], tuple[Callable[[], None], Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """One graph and the buffers it reads and writes."""
+    """One graph and the buffers it reads and writes; `batch` is None where it reads the arena or has no padding."""
 
     replay: Callable[[], None]
-    hidden: Tensor
+    hidden: Tensor | None  # None where the embeddings are computed inside
     batch: UnpaddedBatch | None
     tensors: tuple[Tensor, ...]
     output: Tensor
@@ -68,18 +75,36 @@ class GraphCache:
 
     capture: Capture | None = None
     works_anywhere: bool = False  # for tests: note down and replay on any device
-    captured: OrderedDict[tuple[Any, ...], Captured] = field(default_factory=OrderedDict)
-    seen: set[tuple[Any, ...]] = field(default_factory=set)
+    captured: OrderedDict[int, Captured] = field(default_factory=OrderedDict)
+    numbers: dict[tuple[Any, ...], int] = field(default_factory=dict)  # a short name for each key
+    seen: set[int] = field(default_factory=set)
+    quick: dict[tuple[int, Sizes], int] = field(default_factory=dict)
     snapshot: Snapshot | None = None
     refused: str = ""
     pool: Any = None
+    arena: Arena | None = None
+    buffers: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model begins without graphs: these read the original's weights."""
+        return GraphCache, (self.capture, self.works_anywhere)
 
     def clear(self) -> None:
         """Forget every graph."""
         self.captured.clear()
+        self.numbers.clear()
         self.seen.clear()
+        self.quick.clear()
+        self.buffers.clear()
         self.snapshot = None
         self.pool = None
+
+    def arena_on(self, device: torch.device) -> Arena:
+        """The arena, made when first asked for. A model that has moved gets another, and graphs anew."""
+        if self.arena is None or self.arena.indices.device != device:
+            self.clear()
+            self.arena = Arena.on(device)
+        return self.arena
 
     def refresh(self, layers: list[nn.Module]) -> None:
         """Forget every graph if anything they were captured from was exchanged since."""
@@ -87,51 +112,115 @@ class GraphCache:
             self.clear()
             self.snapshot = Snapshot(layers)
 
-    def run(self, program: Program, hidden: Tensor, batch: UnpaddedBatch | None) -> Tensor:
+    def number_of(self, key: tuple[Any, ...]) -> int:
+        return self.numbers.setdefault(key, len(self.numbers))
+
+    def replay_quickly(self, signature: int, sizes: Sizes, start: Start, batch: Callable[[], UnpaddedBatch]) -> Any:
+        """(output, batch) of a graph that reads all but `start` from the arena; None where there is none yet."""
+        entry = self.captured.get(self.quick.get((signature, sizes), -1))
+        if entry is None:
+            return None
+        if entry.hidden is not None:
+            assert isinstance(start, Tensor)
+            assert self.arena is not None
+            torch.index_select(start.flatten(0, 1), 0, self.arena.indices[: sizes.tokens], out=entry.hidden[0])
+        entry.replay()
+        return entry.output, batch()
+
+    def run(
+        self,
+        program: Program,
+        start: Start,
+        batch: UnpaddedBatch | None,
+        quick: tuple[int, Sizes] | None = None,
+        in_arena: bool = False,
+    ) -> Tensor:
         """Hidden states [B, S, hidden] through the layers: [1, T, hidden], or [B, S, hidden] without padding.
 
         The result is the caller's own until the next call where it is unpadded; where it is not, for good.
+
+        Args:
+            quick: under which signature and sizes `replay_quickly` finds the graph from now on.
+            in_arena: the batch's arrays are the arena's, its bounds still open.
         """
+        hidden = start.placeholder if isinstance(start, LateEmbedding) else start
         size = hidden.shape[0] * hidden.shape[1] if batch is None else batch.indices.numel()
+
+        def run_now() -> Tensor:
+            if batch is None or not in_arena:
+                return run_program(program, enter(start, batch))
+            closed = close_bounds(batch)
+            return run_program(with_batch(program, closed), enter(start, closed))
+
         if self.refused or size > MAX_TOKENS:
-            return run_program(program, enter(hidden, batch))
+            return run_now()
         tensors = outside_tensors(program)
-        key = key_of(program, hidden, batch, tensors)
+        key = self.number_of(key_of(program, start, batch, tensors, in_arena))
         entry = self.captured.get(key)
         if entry is None:
             if key not in self.seen:
                 self.seen.add(key)
-                return run_program(program, enter(hidden, batch))
-            entry = self.make(program, hidden, batch, tensors)
+                return run_now()
+            entry = self.make(program, start, batch, tensors, in_arena)
             if entry is None:
-                return run_program(program, enter(hidden, batch))
+                return run_now()
             self.captured[key] = entry
             if len(self.captured) > MAX_GRAPHS:
                 self.captured.popitem(last=False)
+                self.quick.clear()
+        if quick is not None and not tensors:
+            self.quick[quick] = key
         self.captured.move_to_end(key)
         fill(entry, hidden, batch, tensors)
         entry.replay()
         return entry.output if batch is not None else entry.output.clone()
 
     def make(
-        self, program: Program, hidden: Tensor, batch: UnpaddedBatch | None, tensors: tuple[Tensor, ...]
+        self,
+        program: Program,
+        start: Start,
+        batch: UnpaddedBatch | None,
+        tensors: tuple[Tensor, ...],
+        in_arena: bool,
     ) -> Captured | None:
-        """Capture the program over buffers of its own; None, with the reason in `refused`, where that can't be."""
+        """Capture the program over buffers; None, with the reason in `refused`, where that can't be."""
         with torch.inference_mode(False), torch.no_grad():
-            held = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
-            kept = None if batch is None else keep(batch)
-            shape = hidden.shape if batch is None else (1, batch.indices.numel(), hidden.shape[2])
-            entrance = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
-            entry = Captured(lambda: None, entrance, kept, held, entrance)
-            fill(entry, hidden, batch, tensors)
-            fixed = substitute(program, dict(zip(map(id, tensors), held, strict=True)), kept)
+            held = tuple(self.buffer(f"argument {place}", t.shape, t) for place, t in enumerate(tensors))
+            kept = keep(batch) if batch is not None and not in_arena else None
+            entrance = None
+            if isinstance(start, Tensor):
+                shape = start.shape if batch is None else torch.Size((1, batch.indices.numel(), start.shape[2]))
+                entrance = self.buffer("entrance", shape, start)
+            entry = Captured(lambda: None, entrance, kept, held, torch.empty(0))
+            fill(entry, start if isinstance(start, Tensor) else start.placeholder, batch, tensors)
+            fixed = substitute(program, dict(zip(map(id, tensors), held, strict=True)))
+
+            def body() -> Tensor:
+                used = close_bounds(batch) if in_arena and batch is not None else kept
+                if used is not None:
+                    used.listed.clear()
+                first = entrance if entrance is not None else enter(start, used)
+                out = run_program(with_batch(fixed, used, is_fixed=True), first)
+                return self.buffer("exit", out.shape, out).copy_(out)
+
             capture = self.capture or (lambda body: capture_cuda(body, self.cuda_pool()))
             try:
-                replay, output = capture(lambda: run_program(fixed, entrance))
+                replay, output = capture(body)
             except Exception as error:  # a layer that waits for the host, an operator that can't be captured
                 self.refused = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 return None
         return replace(entry, replay=replay, output=output)
+
+    def buffer(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+        """Memory under a name, the first part of what all graphs share; more of it where it is too small.
+
+        A graph captured over less keeps what it has. The body runs once before a capture, so that none is made in one.
+        """
+        key = (name, like.dtype, like.device)
+        found = self.buffers.get(key)
+        if found is None or found.numel() < shape.numel():
+            found = self.buffers[key] = torch.empty(shape.numel() * 5 // 4, dtype=like.dtype, device=like.device)
+        return found[: shape.numel()].view(shape)
 
     def cuda_pool(self) -> Any:
         """Memory that all graphs of this stack share, since they never run side by side."""
@@ -140,8 +229,12 @@ class GraphCache:
         return self.pool
 
 
-def enter(hidden: Tensor, batch: UnpaddedBatch | None) -> Tensor:
-    return hidden if batch is None else unpad_input(hidden, batch)
+def enter(start: Start, batch: UnpaddedBatch | None) -> Tensor:
+    """What goes into the first layer."""
+    if isinstance(start, LateEmbedding):
+        assert batch is not None
+        return start.tokens(batch)
+    return start if batch is None else unpad_input(start, batch)
 
 
 def capture_cuda(body: Body, pool: Any) -> tuple[Callable[[], None], Tensor]:
@@ -177,55 +270,20 @@ def keep(batch: UnpaddedBatch) -> UnpaddedBatch:
 
 def fill(entry: Captured, hidden: Tensor, batch: UnpaddedBatch | None, tensors: tuple[Tensor, ...]) -> None:
     """Put this forward's values where the graph reads them."""
-    if batch is None or entry.batch is None:
-        entry.hidden.copy_(hidden)
-    else:
-        torch.index_select(hidden.flatten(0, 1), 0, batch.indices, out=entry.hidden[0])
+    if entry.hidden is not None:
+        if batch is None:
+            entry.hidden.copy_(hidden)
+        else:
+            torch.index_select(hidden.flatten(0, 1), 0, batch.indices, out=entry.hidden[0])
+    if entry.batch is not None and batch is not None:
         entry.batch.positions.copy_(batch.positions)
         entry.batch.cu_seqlens.copy_(batch.cu_seqlens)
     for buffer, value in zip(entry.tensors, tensors, strict=True):
         buffer.copy_(value)
 
 
-def outside_tensors(program: Program) -> tuple[Tensor, ...]:
-    """Every tensor the layers are given beside hidden states and batch, each once."""
-    found: dict[int, Tensor] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.setdefault(id(value), value)
-        elif isinstance(value, RelativeBias):
-            visit(value.table)
-        elif isinstance(value, tuple):
-            for part in value:
-                visit(part)
-
-    for _, rest in program:
-        for value in rest.values():
-            visit(value)
-    return tuple(found.values())
-
-
-def substitute(program: Program, buffers: dict[int, Tensor], batch: UnpaddedBatch | None) -> Program:
-    """The same program over a graph's buffers."""
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return buffers[id(value)]
-        if isinstance(value, RelativeBias):
-            return RelativeBias(buffers[id(value.table)], value.make_dense)
-        if isinstance(value, AttentionView):
-            assert batch is not None
-            return fixed_view(value, batch)
-        if isinstance(value, tuple):
-            return tuple(visit(part) for part in value)
-        return value
-
-    return [(call, {name: visit(value) for name, value in rest.items()}) for call, rest in program]
-
-
 def key_of(
-    program: Program, hidden: Tensor, batch: UnpaddedBatch | None, tensors: tuple[Tensor, ...]
+    program: Program, start: Start, batch: UnpaddedBatch | None, tensors: tuple[Tensor, ...], in_arena: bool
 ) -> tuple[Any, ...]:
     """All that a graph bakes in: sizes, dtypes, options, and what the layers are given that is no tensor."""
 
@@ -241,10 +299,12 @@ def key_of(
         return value
 
     given = tuple((id(call), *((name, visit(value)) for name, value in rest.items())) for call, rest in program)
+    hidden = start.placeholder if isinstance(start, LateEmbedding) else start
+    source = (in_arena, start.names if isinstance(start, LateEmbedding) else None)
     sizes: tuple[Any, ...] = (hidden.shape,)
     if batch is not None:
         # A bias made inside the layers depends on the columns of the padded rows.
         columns = (batch.seqlen + 63) // 64
         sizes = (batch.indices.numel(), batch.cu_seqlens.numel(), batch.max_seqlen, batch.has_holes, columns)
     flags = flash_allowed()
-    return (sizes, hidden.shape[2], hidden.dtype, hidden.device, len(tensors), flags, given)
+    return (sizes, source, hidden.shape[2], hidden.dtype, hidden.device, len(tensors), flags, given)

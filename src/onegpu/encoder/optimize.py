@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from onegpu.encoder.find import find_stacks, reads_first_token, why_not
 from onegpu.encoder.fuse import QkvGroup, fused_parts, prove_part
 from onegpu.encoder.heads import AnswerCall, is_question_answering
 from onegpu.encoder.options import EncoderOptions
+from onegpu.encoder.proof import prove_late_embeddings, prove_stack
 from onegpu.encoder.stack import Stack
 from onegpu.errors import UnsupportedError
 
@@ -29,9 +29,6 @@ __all__ = [
 ]
 
 ATTRIBUTE = "_onegpu_encoder"
-# Largest difference allowed in the proof, of the plain result's largest magnitude.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-INT8_COSINE = 0.98
 
 
 @dataclass(slots=True)
@@ -44,6 +41,7 @@ class StackReport:
     proved: bool = False  # compared with the plain model on a padded batch, just now
     fused: dict[str, int] = field(default_factory=dict)
     not_fused: list[str] = field(default_factory=list)
+    embeds_late: bool = False  # the padding is left out before the embeddings
     stack: Stack | None = field(default=None, repr=False)
 
     @property
@@ -83,7 +81,8 @@ def describe(report: StackReport) -> str:
     if report.reason is not None:
         return f"{report.name}: as before, because {report.reason}"
     fused = ", ".join(f"{count} {name}" for name, count in report.fused.items())
-    return f"{report.name}: {report.layers} layers without padding" + (f", fused: {fused}" if fused else "")
+    what = f"{report.layers} layers{' and the embeddings' if report.embeds_late else ''} without padding"
+    return f"{report.name}: {what}" + (f", fused: {fused}" if fused else "")
 
 
 def encoder_report(model: nn.Module) -> EncoderReport | None:
@@ -96,7 +95,7 @@ def optimize_encoder(model: nn.Module, options: EncoderOptions | None = None, pr
     """Make the encoders of a Transformers model run without padding, in place.
 
     Classes, weights, config and state dict stay the plain model's. Outputs keep their shapes; padded positions hold
-    zeros where the layers end. Training, hidden states or attentions asked for, caches, and masks of unknown kinds
+    zeros where layers end, in `hidden_states` too. Training, attentions asked for, caches, and masks of unknown kinds
     take the plain way by themselves; `outcomes` in the report counts how forwards went. Calling it again gives the
     report there is (with other options: restores first).
 
@@ -154,6 +153,7 @@ def fuse(stack: Stack, line: StackReport) -> None:
     first = next(stack.layers[0].parameters(), None)
     if first is None or (first.device.type != "cuda" and not stack.graphs.works_anywhere):
         return
+    line.embeds_late = prove_late_embeddings(stack)
     for part in list(fused_parts(stack)):
         if isinstance(part, QkvGroup):
             part.join()
@@ -186,100 +186,6 @@ def unfuse(stack: Stack) -> None:
     for part in reversed(stack.fused):
         take_away(part)
     stack.fused.clear()
-
-
-def prove_stack(stack: Stack) -> tuple[bool, str | None]:
-    """Run the tower on two short rows, one padded, with and without padding: (proved, reason to leave it alone).
-
-    A tower that takes something else than token ids, or that lives on no real device, can't be asked: it is kept on
-    the word of the structure alone.
-    """
-    batch = probe_batch(stack.tower)
-    if batch is None:
-        return False, None
-    training = [module for module in stack.tower.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        return compare_ways(stack, batch)
-    finally:
-        for module in training:
-            module.training = True
-
-
-def compare_ways(stack: Stack, batch: dict[str, Tensor]) -> tuple[bool, str | None]:
-    """The tower's outputs on one batch, with padding and without."""
-    try:
-        stack.enabled = False
-        with torch.no_grad():
-            plain = floats(stack.tower(**batch))
-    except Exception:  # it needs inputs that are not known here
-        return False, None
-    finally:
-        stack.enabled = True
-    stack.outcomes.clear()
-    try:
-        with torch.no_grad():
-            mine = floats(stack.tower(**batch))
-    except Exception as error:
-        return False, f"without padding it failed: {type(error).__name__}: {error}"
-    if not any(key.startswith(("direct", "deferred")) for key in stack.outcomes):
-        return False, next(iter(stack.outcomes), "plain: its layers were never reached").partition(": ")[2]
-    mask = batch["attention_mask"].bool()
-    for name, want in plain.items():
-        got = mine.get(name)
-        if got is None or got.shape != want.shape:
-            return False, f"without padding its output {name} has another shape"
-        if want.shape[:2] == mask.shape:
-            want, got = want[mask], got[mask]
-        if not is_same(got, want, has_int8(stack)):
-            return False, f"without padding its output {name} differs from the plain model's"
-    return True, None
-
-
-def has_int8(stack: Stack) -> bool:
-    """Whether a layer holds int8 weights."""
-    return any(t.dtype == torch.int8 for layer in stack.layers for t in (*layer.parameters(), *layer.buffers()))
-
-
-def is_same(got: Tensor, want: Tensor, int8: bool) -> bool:
-    """Whether two results agree. In int8 which columns are outliers depends on every row of a call, padding included,
-    so that the plain model too differs from itself by some percent: there the direction of each vector counts."""
-    if int8:
-        return bool(torch.cosine_similarity(got.float(), want.float(), dim=-1).min() >= INT8_COSINE)
-    limit = TOLERANCE.get(want.dtype, 1e-4) * max(float(want.abs().max()), 1e-6)
-    return bool((got - want).abs().max() <= limit)
-
-
-def probe_batch(tower: nn.Module) -> dict[str, Tensor] | None:
-    """Ids and mask [2, 8] for a tower that takes token ids; None for any other, and for one with no weights yet."""
-    if getattr(tower, "main_input_name", None) != "input_ids":
-        return None
-    first = next(tower.parameters(), None)
-    vocabulary = getattr(getattr(tower, "config", None), "vocab_size", None)
-    if first is None or first.is_meta or not isinstance(vocabulary, int) or hasattr(tower, "hf_device_map"):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (2, 8), generator=generator)
-    padding = getattr(tower.config, "pad_token_id", None)
-    if isinstance(padding, int):
-        ids[ids == padding] = (padding + 1) % vocabulary
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    if isinstance(padding, int):
-        ids[mask == 0] = padding
-    model: Any = tower
-    embeddings = model.get_input_embeddings()
-    device = next(embeddings.parameters()).device if isinstance(embeddings, nn.Module) else first.device
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def floats(output: Any) -> dict[str, Tensor]:
-    """The floating tensors of a model's output, by name or place."""
-    if isinstance(output, Tensor):
-        return {"0": output} if output.is_floating_point() else {}
-    items = output.items() if isinstance(output, dict) else enumerate(output)
-    return {str(name): v for name, v in items if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def known_batch(model: nn.Module, batch: Any) -> None:

@@ -8,7 +8,7 @@ from onegpu.config import check_choice
 
 __all__ = ["ACTIVATIONS", "EncoderOptions"]
 
-ACTIVATIONS = ("epilogue", "inplace", "off")
+ACTIVATIONS = ("epilogue", "chunked", "inplace", "off")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,8 @@ class EncoderOptions:
 
     `attention` names a backend of `onegpu.attention.varlen`, None for the first that can. `graphs` captures the layers
     in CUDA graphs. `fuse_qkv` makes one product of query, key and value; `fuse_norm` joins residual and LayerNorm;
-    `fuse_activation` puts GELU at the end of its product (`epilogue`), in place behind it (`inplace`), or nowhere.
+    `fuse_activation` puts GELU at the end of its product (`epilogue`), in place behind it (`inplace`), there too but
+    some rows at a time, so that they stay in the cache between (`chunked`), or nowhere (`off`).
 
     Raises:
         ConfigError: an unknown name.

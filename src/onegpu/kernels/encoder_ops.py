@@ -319,7 +319,7 @@ def place_tokens(
         indices: int64 [capacity], gets the flat place in [B * S] of each token, then `filler` zeros; places beyond the
             capacity are left out.
         positions: int32 [capacity], gets the column of each token, then `filler` zeros.
-        cu_seqlens: int32 [C + 1], C at least B, gets the bounds of the rows, then 2^31 - 1: cut them to a bucket's size.
+        cu_seqlens: int32 [C + 1], C at least B, gets the bounds of the rows, then 2^31 - 1, for a bucket to cut.
         facts: int32 [4], gets the number of tokens, the longest row, the most runs of tokens in a row, and how many
             rows begin with a token.
 
