@@ -17,8 +17,10 @@ from onegpu.decoder.workspace import Prefill
 
 __all__ = ["Trial", "layer_shapes", "make_trial", "why_not_equal"]
 
-# Largest difference allowed, of the plain result's largest magnitude.
+# Largest difference allowed, of the plain result's largest magnitude; in 16 bit, where roundings of each layer add up
+# as their squares do, at least so many unit roundoffs times the root of the number of half layers (see fused/prove).
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+ROUNDOFFS = 6
 # Where a rounding can send a token to another expert, or into int8's other columns, directions are compared.
 LOOSE_COSINE = 0.98
 LENGTHS = (5, 1, 9)
@@ -35,18 +37,35 @@ class Trial:
     logits: Tensor
     dtype: torch.dtype
     is_loose: bool
+    layers: int
 
-    def agrees(self, got: Tensor) -> bool:
-        """Whether logits are the plain model's; what is no number must be none in both."""
+    @property
+    def tolerance(self) -> float:
+        """Of the largest logit."""
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            return TOLERANCE[torch.float32]
+        grown = ROUNDOFFS * torch.finfo(self.dtype).eps / 2 * (2 * self.layers + 1) ** 0.5
+        return float(max(TOLERANCE[self.dtype], grown))
+
+    def why_not(self, got: Tensor) -> str | None:
+        """None where logits are the plain model's, else how they differ; what is no number must be none in both."""
         want = self.logits
         if got.shape != want.shape:
-            return False
+            return f"its logits are {list(got.shape)}, the plain model's {list(want.shape)}"
         if bool(want.isnan().any()):
-            return bool((got.isnan().any(-1) == want.isnan().any(-1)).all())
+            same = bool((got.isnan().any(-1) == want.isnan().any(-1)).all())
+            return None if same else "its logits are no numbers elsewhere than the plain model's"
         if self.is_loose:
-            return bool(torch.cosine_similarity(got, want, dim=-1).min() >= LOOSE_COSINE)
+            cosine = float(torch.cosine_similarity(got, want, dim=-1).min())
+            if cosine >= LOOSE_COSINE:
+                return None
+            return f"its logits differ from the plain model's: their cosine is {cosine:.3f}, {LOOSE_COSINE} is needed"
         largest = max(float(want.abs().max()), 1e-6)
-        return bool((got - want).abs().max() <= TOLERANCE.get(self.dtype, TOLERANCE[torch.float32]) * largest)
+        difference = float((got - want).abs().max())
+        if difference <= self.tolerance * largest:
+            return None
+        allowed = f"{self.tolerance:.2g} of {largest:.2g}"
+        return f"its logits differ from the plain model's by {difference:.2g}, where {allowed} is allowed"
 
 
 def plain_logits(model: nn.Module, prompt: Tensor, fed: Tensor) -> tuple[Tensor, Any]:
@@ -64,7 +83,8 @@ def make_trial(model: nn.Module, vocab_size: int, device: torch.device) -> tuple
     fed = torch.randint(0, vocab_size, (len(LENGTHS), STEPS), generator=generator).to(device)
     found = [plain_logits(model, prompt, row) for prompt, row in zip(prompts, fed, strict=True)]
     logits = torch.stack([logits for logits, _ in found])
-    return Trial(prompts, fed, logits, dtype_of(model), is_loose(model)), found[0][1]
+    cache = found[0][1]
+    return Trial(prompts, fed, logits, dtype_of(model), is_loose(model), len(cache.layers)), cache
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -101,9 +121,7 @@ def why_not_equal(trial: Trial, prefill: Prefill, step: StepForward, chunks: boo
     except Exception as error:
         message = str(error).splitlines()[0] if str(error) else ""
         return f"it failed: {type(error).__name__}: {message}"
-    if not trial.agrees(got):
-        return "its logits differ from the plain model's"
-    return None
+    return trial.why_not(got)
 
 
 def engine_logits(trial: Trial, prefill: Prefill, step: StepForward, chunks: bool) -> Tensor:
