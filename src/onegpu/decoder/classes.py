@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from onegpu.decoder.arguments import check_arguments
-from onegpu.decoder.driver import Driver, Way
+from onegpu.decoder.driver import Driver
 from onegpu.decoder.generate import run_request
 from onegpu.decoder.requests import Request, plan_request
+from onegpu.decoder.ways import Way
 from onegpu.errors import UnsupportedError
 from onegpu.loading.saving import plain_class, rebuild_model
 

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from onegpu.decoder.arguments import context_limit
-from onegpu.decoder.driver import Driver, Way
+from onegpu.decoder.crossed import CrossedCache
+from onegpu.decoder.driver import Driver
 from onegpu.decoder.engine import Chosen, Engine
 from onegpu.decoder.first_nan import first_nan
 from onegpu.decoder.requests import Request
+from onegpu.decoder.ways import Way
 from onegpu.errors import ArgumentError, DoesNotFitError, NumericError
 
 __all__ = ["run_request"]
@@ -60,7 +64,11 @@ def generate(driver: Driver, request: Request) -> Any:
     """See `run_request`."""
     way = driver.way
     assert isinstance(way, Way)
-    workspace = driver.workspace(request.batch_size, request.tokens)
+    source = request.source
+    workspace = driver.workspace(request.batch_size, request.tokens, 0 if source is None else source.hidden.shape[1])
+    if source is not None:
+        assert isinstance(workspace.kv, CrossedCache)
+        workspace.kv.load(source.hidden.to(driver.device), source.mask)
     engine = Engine(workspace, request.selection, request.stop, request.pad, way.chunk)
     try:
         return answer_with(driver, request, engine)
@@ -139,29 +147,34 @@ def check_numbers(driver: Driver, request: Request, chosen: Chosen, answer: Answ
 
 def as_output(driver: Driver, request: Request, sequences: Tensor, answer: Answer, engine: Engine) -> Any:
     """Transformers' output object, its cache made from the slots."""
-    from transformers.generation.utils import GenerateDecoderOnlyOutput
-
     config = request.config
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=tuple(answer.scores) if config.output_scores else None,
-        logits=tuple(answer.logits) if config.output_logits else None,
-        attentions=None,
-        hidden_states=None,
-        past_key_values=cache_of(driver, request, engine, len(answer.tokens)),
-    )
+    parts = {
+        "sequences": sequences,
+        "scores": tuple(answer.scores) if config.output_scores else None,
+        "logits": tuple(answer.logits) if config.output_logits else None,
+        "past_key_values": cache_of(driver, request, engine, len(answer.tokens)),
+    }
+    if request.source is None:
+        return GenerateDecoderOnlyOutput(**parts)
+    return GenerateEncoderDecoderOutput(**parts)
 
 
 def cache_of(driver: Driver, request: Request, engine: Engine, new: int) -> Any:
     """Transformers' own cache with what it would hold: padding in front, all tokens but the last one chosen."""
-    from transformers.cache_utils import DynamicCache
-
-    cache: Any = DynamicCache(config=driver.model.config)
+    kv = engine.workspace.kv
+    cache: Any = DynamicCache(config=None if request.source is not None else driver.model.config)
     width = max(start + length for start, length in zip(request.starts, request.lengths, strict=True)) + new - 1
-    for index, layer in enumerate(engine.workspace.kv.layers):
+    for index, layer in enumerate(kv.layers):
         rows = []
         for row, start in enumerate(request.starts):
             pair = layer.read(row, width - start)
             rows.append([torch.nn.functional.pad(t, (0, 0, start, 0)) for t in pair])
         cache.update(torch.stack([k for k, _ in rows]), torch.stack([v for _, v in rows]), index)
-    return cache
+    if request.source is None:
+        return cache
+    assert isinstance(kv, CrossedCache)
+    cross = DynamicCache()
+    batch, source = request.source.hidden.shape[:2]
+    for index, layer in enumerate(kv.cross):
+        cross.update(layer.k[:batch, :, :source].clone(), layer.v[:batch, :, :source].clone(), index)
+    return EncoderDecoderCache(cache, cross)

@@ -58,6 +58,9 @@ class PromptLayer(CacheLayerMixin):
 class WholeSlotLayer(PromptLayer):
     """Stores one token per row at `positions` and gives the whole slots back."""
 
+    # Transformers asks no mask of such a cache whether it could be left out, which would wait for the device.
+    is_compileable = True
+
     def __init__(self, layer: KVLayer, positions: Tensor) -> None:
         super().__init__(layer, 0)
         self.positions = positions

@@ -17,6 +17,7 @@ WAYS = {
     "slots": "layers of Transformers over slots of keys and values",
     "masked": "layers of Transformers over whole slots with a mask",
     "fused": "fused layers",
+    "crossed": "layers of Transformers over whole slots, the encoder's side computed once",
 }
 
 

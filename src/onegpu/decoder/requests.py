@@ -22,10 +22,20 @@ KNOWN = {
     "logits_to_keep",
     "cache_position",
     "inputs_embeds",
+    "encoder_outputs",
+    "decoder_attention_mask",
     "tokenizer",
     "assistant_tokenizer",
 }
 CACHES = (None, "dynamic", "dynamic_full", "static", "hybrid", "sliding_window")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An encoder's states [B, S, width] and their mask [B, S], None where all are real."""
+
+    hidden: Tensor
+    mask: Tensor | None
 
 
 @dataclass(slots=True)
@@ -33,7 +43,7 @@ class Request:
     """What to generate.
 
     `input_ids` int64 [B, L] as given, `starts` and `lengths` where each row's real tokens lie in it. `embeddings`
-    [B, L, hidden] replace the ids. `max_new` tokens at most.
+    [B, L, hidden] replace the ids in the layers. `max_new` tokens at most.
     """
 
     input_ids: Tensor
@@ -46,6 +56,7 @@ class Request:
     stop: StopRule
     config: Any
     streamer: Any = None
+    source: Source | None = None
 
     @property
     def as_dict(self) -> bool:
@@ -96,10 +107,14 @@ def plan_request(
     if isinstance(selection, str):
         return selection
     embeddings = inputs.get("inputs_embeds")
-    if embeddings is not None and input_ids.shape[1]:
-        return "both token ids and embeddings were given"
+    if embeddings is not None and input_ids.shape[1] not in (0, embeddings.shape[1]):
+        return "embeddings came with token ids of another length"
     shape = input_ids.shape if embeddings is None else embeddings.shape[:2]
-    rows = real_tokens(shape, inputs.get("attention_mask"), inputs.get("position_ids"))
+    source = source_of(model, inputs)
+    if isinstance(source, str):
+        return source
+    mask = inputs.get("attention_mask" if source is None else "decoder_attention_mask")
+    rows = real_tokens(shape, mask, inputs.get("position_ids"))
     if isinstance(rows, str):
         return rows
     pad = getattr(config, "_pad_token_tensor", None)
@@ -114,7 +129,22 @@ def plan_request(
         stop=stop,
         config=config,
         streamer=streamer,
+        source=source,
     )
+
+
+def source_of(model: Any, inputs: dict[str, Any]) -> Source | str | None:
+    """What an encoder made, None for a decoder alone, a str where it is not the usual."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return "encoder_outputs was given" if inputs.get("encoder_outputs") is not None else None
+    hidden = getattr(inputs.get("encoder_outputs"), "last_hidden_state", None)
+    mask = inputs.get("attention_mask")
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        return "the encoder's outputs are not its states alone"
+    if mask is not None and mask.shape != hidden.shape[:2]:
+        # Speech models are given the mask of what their encoder heard, and look at all that it made of it.
+        mask = None
+    return Source(hidden, mask)
 
 
 def why_not_asked(model: nn.Module, config: Any, synced_gpus: bool, inputs: dict[str, Any]) -> str | None:
