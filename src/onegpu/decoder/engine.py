@@ -27,6 +27,9 @@ from onegpu.errors import ArgumentError, DoesNotFitError
 __all__ = ["Chosen", "Engine", "Sequence"]
 
 
+MOST_PIECES = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """A prompt to take up.
@@ -184,7 +187,7 @@ class Engine:
         return torch.cat(logits)
 
     def rows_of(self, sequences: list[Sequence]) -> Iterator[list[tuple[Sequence, Segment]]]:
-        """Prompts joined in rows of at most `chunk` tokens; a longer one is cut."""
+        """Prompts joined in rows of at most `chunk` tokens; a longer one is cut in at most `MOST_PIECES`."""
         row: list[tuple[Sequence, Segment]] = []
         size = 0
         for sequence in sequences:
@@ -192,8 +195,10 @@ class Engine:
             if row and size + length > self.chunk:
                 yield row
                 row, size = [], 0
-            for start in range(0, length, self.chunk):
-                segment = Segment(sequence.slot, start, min(self.chunk, length - start))
+            # Each piece reads, and in 4 bit decodes, all weights once: a long prompt pays for more memory with speed.
+            piece = max(self.chunk, -(-length // MOST_PIECES))
+            for start in range(0, length, piece):
+                segment = Segment(sequence.slot, start, min(piece, length - start))
                 if length > self.chunk:
                     yield [(sequence, segment)]
                 else:

@@ -18,7 +18,8 @@ class DecoderOptions:
 
     `kv_cache_dtype` stores keys and values in 8 bit, None in the model's own dtype. `max_batch` is the largest batch of
     `generate` on the fast path; larger ones take Transformers' loop. `graphs` captures decode steps in CUDA graphs.
-    `fused` lets recognised layers run as a few kernels. `prefill_chunk` is how many prompt tokens one forward takes.
+    `fused` lets recognised layers run as a few kernels. `prefill_chunk` is how many prompt tokens one forward
+    takes; a quarter of the prompt, where that is more.
 
     Raises:
         ConfigError: an unknown dtype, a number below one.
@@ -28,7 +29,7 @@ class DecoderOptions:
     max_batch: int = 64
     graphs: bool = True
     fused: bool = True
-    prefill_chunk: int = 4096
+    prefill_chunk: int = 2048
 
     def __post_init__(self) -> None:
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)

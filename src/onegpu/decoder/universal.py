@@ -7,6 +7,7 @@ step      tokens [B], positions [B] -> logits [B, V]
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,16 @@ from onegpu.decoder.cache import KVCache
 from onegpu.decoder.forward import ModelForward
 from onegpu.decoder.views import DecodeView, PrefillView, Segment, slot_cache
 
-__all__ = ["UniversalPrefill", "UniversalStep"]
+__all__ = ["PrefillInputs", "UniversalPrefill", "UniversalStep"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillInputs:
+    """What a row of prompts is, beside its tokens: its view of the slots, positions [1, T], places to keep."""
+
+    view: PrefillView
+    position_ids: Tensor
+    wanted: Tensor
 
 
 class UniversalPrefill:
@@ -34,23 +44,32 @@ class UniversalPrefill:
             segments: what the row is made of, in order.
             tokens: ids int64 [T], or embeddings [T, hidden].
         """
-        device = tokens.device
+        return self.run(tokens, self.inputs(segments, keep, tokens.device))
+
+    def inputs(self, segments: Sequence[Segment], keep: Sequence[int], device: torch.device) -> PrefillInputs:
+        """The device's side of a row, copied there without waiting."""
         places = [place for segment in segments for place in range(segment.start, segment.end)]
-        view = self.view = PrefillView(self.kv, tuple(segments), device)
-        position_ids = torch.tensor(places).to(device, non_blocking=True)[None]
-        wanted = torch.tensor(list(keep)).to(device, non_blocking=True)
-        slim = {"logits_to_keep": wanted} if "logits_to_keep" in self.forward.names else {}
+        return PrefillInputs(
+            view=PrefillView(self.kv, tuple(segments), device),
+            position_ids=torch.tensor(places).to(device, non_blocking=True)[None],
+            wanted=torch.tensor(list(keep)).to(device, non_blocking=True),
+        )
+
+    def run(self, tokens: Tensor, inputs: PrefillInputs) -> Tensor:
+        """The same, all of whose inputs are on the device."""
+        view = self.view = inputs.view
+        slim = {"logits_to_keep": inputs.wanted} if "logits_to_keep" in self.forward.names else {}
         name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         output = self.forward(
             decoding=False,
-            attention_mask=mask_with(view, device),
+            attention_mask=mask_with(view, tokens.device),
             past_key_values=slot_cache(view, 0),
             **{name: tokens[None]},
-            **self.forward.positional(position_ids),
+            **self.forward.positional(inputs.position_ids),
             **slim,
         )
         logits: Tensor = output.logits[0]
-        return logits if slim else logits[wanted]
+        return logits if slim else logits[inputs.wanted]
 
 
 class UniversalStep:

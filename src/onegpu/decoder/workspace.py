@@ -11,10 +11,12 @@ from torch import Tensor
 
 from onegpu.decoder.cache import KVCache
 from onegpu.decoder.graphs import capture
+from onegpu.decoder.prefill_graphs import PrefillGraphs
 from onegpu.decoder.sampling import Selection
 from onegpu.decoder.state import StepState
 from onegpu.decoder.step import Choice, DecodeStep, StepForward
 from onegpu.decoder.stopping import StopRule
+from onegpu.decoder.universal import UniversalPrefill
 
 __all__ = ["Prefill", "Workspace", "bucket", "capacity_bucket"]
 
@@ -61,6 +63,10 @@ class Workspace:
     pool: Any = None
     user: Callable[[], Any] = lambda: None  # gives the engine that runs over it, as long as there is one
     choices: dict[Hashable, Choice] = field(default_factory=dict)  # with the buffers that graphs hold
+
+    def __post_init__(self) -> None:
+        if self.use_graphs and type(self.prefill) is UniversalPrefill:
+            self.prefill = PrefillGraphs(self.prefill, self.shared_pool)
 
     def rows_for(self, rows: int) -> int:
         """The number of rows a step runs for: a bucket where it is captured."""
