@@ -18,7 +18,6 @@ kernel in front of this one began to let others start.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.formats.rowwise import INVERSE_127
-from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
+from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of, shared_bytes
 from onegpu.kernels.tail_device import activate
 
 __all__ = ["BUCKETS", "CONFIGS", "MAX_ROWS", "Config", "bucket_of", "configure", "constants", "multiply", "overlaps"]
@@ -306,8 +305,6 @@ CONFIGS: Final[dict[tuple[int, int, str], Config]] = {
 }
 # AMD's compiler spills registers where one or two waves have a tile.
 AMD: Final = Config(64, 64, 4, 2)
-# Bytes of shared memory that every card has for one program, AMD's being the least.
-SHARED_BYTES = 65536
 
 
 def bucket_of(M: int) -> int:
@@ -365,15 +362,6 @@ def constants(
     if config.stages:
         settings |= {"BLOCK_M": max(8, bucket_of(M)), "AHEAD": config.stages - 1, "num_stages": config.stages}
     return settings
-
-
-@functools.cache
-def shared_bytes(device: torch.device) -> int:
-    """What one program may have of a device's shared memory; a little is left for sums over warps."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return SHARED_BYTES
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES + 1024)) - 1024
 
 
 def multiply(
