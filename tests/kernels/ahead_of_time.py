@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from onegpu.kernels import dequantize, matmul_4bit, matmul_8bit, quantize
+from onegpu.kernels import dequantize, experts, matmul_4bit, matmul_8bit, quantize
 from onegpu.kernels.launch import NO_CONTRACTION
 
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -28,7 +28,8 @@ THOROUGH = ("75", "90", "gfx942")
 FLOATS = ("absmax_ptr", "nested_absmax_ptr", "nested_code_ptr", "nested_offset_ptr", "x_stats_ptr", "row_stats_ptr")
 BYTES = ("packed_ptr", "outlier_ptr")
 CODES = ("codes_ptr", "x_codes_ptr")
-INTS = ("columns_ptr", "count_ptr")
+INTS = ("columns_ptr", "count_ptr", "starts_ptr")
+LONGS = ("expert_ids_ptr", "order_ptr")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool) -> I
         kernel, settings = matmul_4bit._configure(M, 4096, K, 64)
         settings = {**four_bit, "NESTED": nested, "HAS_BIAS": True, "WIDE": K % 2 == 1, **settings}
         yield Case(f"linear_4bit {M}x{K}", kernel, settings, dtype, K % 16 == 0)
+    for weight_format in ("nf4", "int8", "fp4")[: 3 if thorough else 2]:
+        nested = weight_format == "fp4"
+        stack = {"FORMAT": weight_format, "BLOCKSIZE": 1 if weight_format == "int8" else 64, "NESTED": nested}
+        settings = {**stack, **experts.pair_settings(8, 28672, 4096)}
+        yield Case(f"experts few {weight_format}", experts.pair_kernel, settings, sixteen_bit)
+        if has_dot:
+            stack |= {"EXPERTS": 16, "NUM_EXPERTS": 8}
+            for S in (64, 4096):
+                settings = {**stack, **experts.tile_settings(S, 8, 4096, narrow=narrow)}
+                yield Case(f"experts {S} {weight_format}", experts.tile_kernel, settings, sixteen_bit)
     if not has_dot:
         return
     yield Case("list columns", matmul_8bit.list_columns_kernel, {"BLOCK_K": matmul_8bit.LIST_TILE}, sixteen_bit)
@@ -86,7 +97,9 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool) -> I
 
 def signature(case: Case) -> dict[str, str]:
     types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(BYTES, "*u8") | dict.fromkeys(CODES, "*i8")
-    types |= dict.fromkeys(INTS, "*i32") | {"importance_ptr": "*fp32", "limit": "fp32"}
+    types |= dict.fromkeys(INTS, "*i32") | dict.fromkeys(LONGS, "*i64") | {"importance_ptr": "*fp32", "limit": "fp32"}
+    if "FORMAT" in case.settings:
+        types["weight_ptr"] = "*i8" if case.settings["FORMAT"] == "int8" else "*u8"
     if case.settings.get("NESTED"):
         types["absmax_ptr"] = "*u8"
     out = {}
@@ -101,7 +114,7 @@ def compile_for(case: Case, target: GPUTarget) -> dict[str, int]:
     divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(types)
-        if types[name].startswith("*") or (case.aligned and name in ("stride_xm", "N", "K"))
+        if types[name].startswith("*") or (case.aligned and name in ("stride_xm", "stride_xt", "N", "K"))
     }
     constants = {name: value for name, value in case.settings.items() if name in types}
     options = {name: value for name, value in case.settings.items() if name not in types}

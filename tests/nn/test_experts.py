@@ -51,6 +51,45 @@ def test_answers_as_the_plain_module(pair: tuple[Any, Any], tokens: int) -> None
     assert torch.allclose(got, expected, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_in_place_as_the_plain_module(pair: tuple[Any, Any], tokens: int) -> None:
+    """The way of GPUs, with the operators' reference here; a token's expert may be on another device."""
+    quantized, plain = pair
+    x, index, weights = routing(tokens)
+    index[0, 0] = 8
+    with torch.no_grad():
+        got, expected = quantized.forward_in_place(x, index, weights, torch.float32), plain(x, index, weights)
+    assert torch.allclose(got, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 300])
+def test_captured(pair: tuple[Any, Any], tokens: int) -> None:
+    """One graph serves every routing, and its results are the plain module's."""
+    from kernels.cases import run_captured
+
+    quantized, plain = (module.cuda() for module in pair)
+    quantized.compute_dtype = torch.bfloat16
+    x, index, weights = (tensor.cuda() for tensor in routing(tokens))
+    others = routing(tokens + 1)[1][:tokens].cuda()
+    with torch.no_grad():
+        got = run_captured(lambda: quantized(x, index, weights), lambda: index.copy_(others))
+        expected = plain(x, others, weights)
+    assert torch.allclose(got, expected, atol=0.03 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+def test_gradients_pass_on_a_gpu(pair: tuple[Any, Any]) -> None:
+    quantized, plain = (module.cuda() for module in pair)
+    x, index, weights = (tensor.cuda() for tensor in routing(20))
+    grads = []
+    for module in (quantized, plain):
+        rows = x.clone().requires_grad_()
+        module(rows, index, weights).square().sum().backward()
+        grads.append(rows.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+
+
 def test_few_tokens_are_gathered(pair: tuple[Any, Any]) -> None:
     quantized, _ = pair
     index = torch.tensor([5, 0, 5])

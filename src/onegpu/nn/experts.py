@@ -4,9 +4,13 @@ Transformers 5 keeps the experts of a layer as parameters of one module ([expert
 that module's forward. Here the module keeps its class, through a subclass made for it, and its parameters become codes
 and scales under the same names (`gate_up_proj`, `gate_up_proj_absmax`, ...).
 
-Few tokens: the experts they chose are gathered as codes, dequantized and multiplied, without the host knowing which
-(a CUDA graph can hold it). Many tokens, or a structure we do not know: the layer's experts are dequantized for the
-length of the call and the module's own forward runs on them.
+The host never learns which experts the tokens chose, so that a CUDA graph can hold the layer:
+
+    on a GPU       the chosen experts' codes are read where they are, whatever the number of tokens
+    few tokens     elsewhere, or where gradients are needed: the experts they chose are gathered as codes, dequantized
+                   and multiplied
+    else           also for a structure we do not know: the layer's experts are dequantized for the length of the call
+                   and the module's own forward runs on them
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.formats import dequantize_absmax
+from onegpu.kernels import why_not_triton
+from onegpu.kernels.experts_ops import experts_4bit, experts_8bit, why_not_experts
 from onegpu.nn.state import (
+    NESTED,
     WeightSpec,
     apply_as_bytes,
     dequantize_weight,
@@ -108,6 +115,8 @@ class QuantExperts(nn.Module):
         dtype = self.compute_dtype or hidden_states.dtype
         if len(args) == 2 and not kwargs and self.has_known_structure:
             top_k_index, top_k_weights = args
+            if self.multiplies_in_place(hidden_states, top_k_index, top_k_weights, dtype):
+                return self.forward_in_place(hidden_states, top_k_index, top_k_weights, dtype)
             if top_k_index.numel() < self.expert_specs["gate_up_proj"].num_experts:
                 return self.forward_gathered(hidden_states, top_k_index, top_k_weights, dtype)
         return self.forward_plain(dtype, hidden_states, *args, **kwargs)
@@ -124,16 +133,54 @@ class QuantExperts(nn.Module):
             and not getattr(self, "has_post_expert_norm", False)
         )
 
+    def multiplies_in_place(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `forward_in_place` is the way for these: on a GPU, without gradients, and a format it takes."""
+        if not x.is_cuda or x.dim() != 2:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or top_k_weights.requires_grad):
+            return False
+        specs = self.expert_specs.values()
+        if any(why_not_experts(spec.shape, spec.quant_type, spec.blocksize) is not None for spec in specs):
+            return False
+        # Many rows want tensor cores, which Triton reaches from Ampere on and in 16 bit.
+        few = top_k_index.numel() < self.expert_specs["gate_up_proj"].num_experts
+        fast = dtype in (torch.bfloat16, torch.float16) and why_not_triton(x.device, (8, 0)) is None
+        return fast or (few and why_not_triton(x.device) is None)
+
+    def forward_in_place(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `forward_gathered`; no code is copied, and no weight exists in `dtype`."""
+        gate_up = self.multiply_experts("gate_up_proj", x.to(dtype), top_k_index)
+        down = self.multiply_experts("down_proj", self._apply_gate(gate_up), top_k_index.reshape(-1))
+        return _mixed(down, top_k_weights).to(x.dtype)
+
+    def multiply_experts(self, parameter: str, x: Tensor, expert_ids: Tensor) -> Tensor:
+        """Rows x [T, columns] through experts `expert_ids` [T, k] or [T]: [T * k, rows]; no host synchronisation."""
+        spec, state = self.expert_specs[parameter], self.expert_state(parameter)
+        codes = state["weight"].detach()
+        if spec.quant_type == "int8":
+            return experts_8bit(x, expert_ids, codes, state["row_stats"])
+        nested = [state[name] for name in NESTED] if spec.nested else []
+        return experts_4bit(
+            x,
+            expert_ids,
+            codes.view(torch.uint8).view(-1),
+            state["absmax"],
+            spec.num_experts,
+            spec.shape[1],
+            spec.quant_type,
+            spec.blocksize,
+            *nested,
+        )
+
     def forward_gathered(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
         """x [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H], through the chosen experts only."""
-        tokens, top_k = top_k_index.shape
+        top_k = top_k_index.shape[1]
         index = top_k_index.reshape(-1)
         rows = x.to(dtype).repeat_interleave(top_k, dim=0).unsqueeze(-1)
         gate_up = torch.bmm(self.gather_experts("gate_up_proj", index, dtype), rows).squeeze(-1)
         hidden_rows = self._apply_gate(gate_up).unsqueeze(-1)
         down = torch.bmm(self.gather_experts("down_proj", index, dtype), hidden_rows).squeeze(-1)
-        weighted = down * top_k_weights.reshape(-1, 1)
-        return weighted.view(tokens, top_k, -1).sum(dim=1).to(x.dtype)
+        return _mixed(down, top_k_weights).to(x.dtype)
 
     def forward_plain(self, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward on dequantized weights, which live for the length of the call."""
@@ -144,6 +191,11 @@ class QuantExperts(nn.Module):
         weights = {name: nn.Parameter(self.dequantize_experts(name, dtype), False) for name in self.expert_specs}
         stand_in.__dict__.update(self.__dict__, _parameters={**self._parameters, **weights})
         return plain_class.forward(stand_in, *args, **kwargs)
+
+
+def _mixed(rows: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Rows [T * k, H] of k experts for each token, added up by their weights [T, k]: [T, H]."""
+    return (rows.view(*top_k_weights.shape, -1) * top_k_weights.unsqueeze(-1)).sum(dim=1)
 
 
 def _rows(tensor: Tensor, num_experts: int, index: Tensor) -> Tensor:
