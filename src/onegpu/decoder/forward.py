@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from onegpu.attention.causal_interface import DECODER_IMPLEMENTATION, register_decoder
+from onegpu.attention.interface import ADDITIVE, register
 from onegpu.errors import UnsupportedError
 
 __all__ = ["ModelForward"]
@@ -34,7 +35,11 @@ class ModelForward:
         self.names = frozenset(inspect.signature(model.forward).parameters)
         self.ours = ours
         self.configs = configs_of(model)
+        # Layers that compute attention themselves want the mask as numbers to add. Transformers makes it with the
+        # host's help before 5.20, which a captured step does without.
+        self.own_attention = not any(can_choose(part) for part in model.modules())
         register_decoder()
+        register()
 
     @property
     def model(self) -> Any:
@@ -55,6 +60,8 @@ class ModelForward:
             for config, name, value in before:
                 if name == SWITCHED[0] and self.ours:
                     setattr(config, name, DECODER_IMPLEMENTATION)
+                elif name == SWITCHED[0] and value == "eager" and self.own_attention:
+                    setattr(config, name, ADDITIVE)
                 if name == SWITCHED[1] and decoding and value is not None:
                     setattr(config, name, DECODE_EXPERTS)
             return self.model(**inputs, use_cache=True, return_dict=True)
@@ -66,6 +73,12 @@ class ModelForward:
     def positional(self, position_ids: Tensor) -> dict[str, Tensor]:
         """The argument for position ids, where the model takes one."""
         return {"position_ids": position_ids} if "position_ids" in self.names else {}
+
+
+def can_choose(module: nn.Module) -> bool:
+    """Whether a module is a Transformers model whose attention goes through the interface."""
+    ask = getattr(module, "_can_set_attn_implementation", None)
+    return bool(ask()) if callable(ask) else False
 
 
 def configs_of(model: nn.Module) -> list[Any]:
