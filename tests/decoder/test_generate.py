@@ -21,14 +21,15 @@ from tiny_models import TinyModel
 NEW = {"max_new_tokens": 10, "do_sample": False}
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "universal"])
 @pytest.mark.parametrize("entry", DECODERS, ids=lambda entry: entry.name)
-def test_every_decoder(entry: TinyModel) -> None:
+def test_every_decoder(entry: TinyModel, fused: bool) -> None:
     model = ready(entry)
     batch = prompts()
     alone = {"input_ids": batch["input_ids"][:1, 5:]}
     wanted = [model.generate(**inputs, **NEW) for inputs in (batch, alone)]
     plain = model(**alone).logits
-    report = optimize_decoder(model)
+    report = optimize_decoder(model, DecoderOptions(fused=fused))
     assert report.is_optimized == (entry.name not in NOT_OURS), report.lines()
     got = [model.generate(**inputs, **NEW) for inputs in (batch, alone)]
     assert all(map(torch.equal, got, wanted))
@@ -279,7 +280,7 @@ def test_weights_put_in_later_are_used() -> None:
         for parameter in other.parameters():
             parameter.mul_(1.5).add_(0.01 * torch.randn_like(parameter))
     wanted = other.generate(**prompts(), **NEW)
-    optimize_decoder(model)
+    optimize_decoder(model, DecoderOptions(fused=True))
     before = model.generate(**prompts(), **NEW)
     model.load_state_dict(other.state_dict())
     assert torch.equal(model.generate(**prompts(), **NEW), wanted)
@@ -308,7 +309,7 @@ def test_saving_an_optimized_model(tmp_path: Path) -> None:
 
     model = build("llama")
     model.save_pretrained(tmp_path / "plain")
-    optimize_decoder(model)
+    optimize_decoder(model, DecoderOptions(fused=True))
     model.generate(**prompts(), **NEW)
     model.save_pretrained(tmp_path / "fast")
     plain, fast = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "fast"))
@@ -322,7 +323,7 @@ def test_a_copy_generates_by_itself() -> None:
     import copy
 
     model = build("llama")
-    optimize_decoder(model)
+    optimize_decoder(model, DecoderOptions(fused=True))
     wanted = model.generate(**prompts(), **NEW)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -334,7 +335,7 @@ def test_a_copy_generates_by_itself() -> None:
 
 def test_a_deleted_model_is_gone() -> None:
     model = build("llama")
-    optimize_decoder(model)
+    optimize_decoder(model, DecoderOptions(fused=True))
     model.generate(**prompts(), **NEW)
     gone = weakref.ref(model)
     gc.collect()

@@ -18,7 +18,8 @@ class DecoderOptions:
 
     `kv_cache_dtype` stores keys and values in 8 bit, None in the model's own dtype. `max_batch` is the largest batch of
     `generate` on the fast path; larger ones take Transformers' loop. `graphs` captures decode steps in CUDA graphs.
-    `fused` lets recognised layers run as a few kernels. `prefill_chunk` is how many prompt tokens one forward
+    `fused` lets recognised layers run as a few kernels; None: on a GPU, as on
+    a CPU the model's own layers are as fast. `prefill_chunk` is how many prompt tokens one forward
     takes; a quarter of the prompt, where that is more.
 
     Raises:
@@ -28,7 +29,7 @@ class DecoderOptions:
     kv_cache_dtype: str | None = None
     max_batch: int = 64
     graphs: bool = True
-    fused: bool = True
+    fused: bool | None = None
     prefill_chunk: int = 2048
 
     def __post_init__(self) -> None:

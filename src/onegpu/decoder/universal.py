@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from onegpu.attention.causal_interface import mask_with
 from onegpu.decoder.cache import KVCache
 from onegpu.decoder.forward import ModelForward
-from onegpu.decoder.views import DecodeView, PrefillView, Segment, slot_cache
+from onegpu.decoder.views import DecodeView, HostDecodeView, PrefillView, Segment, slot_cache
 
 __all__ = ["PrefillInputs", "UniversalPrefill", "UniversalStep"]
 
@@ -81,7 +81,8 @@ class UniversalStep:
         self.view: DecodeView | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        view = self.view = DecodeView(self.kv, positions)
+        make = HostDecodeView if tokens.device.type == "cpu" else DecodeView
+        view = self.view = make(self.kv, positions)
         output = self.forward(
             decoding=True,
             input_ids=tokens[:, None],

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from onegpu.attention.causal_interface import CacheView
@@ -18,7 +19,7 @@ from onegpu.attention.prefill import PrefillBounds, prefill_attention
 from onegpu.decoder.cache import KVCache, KVLayer
 from onegpu.kernels import append_kv, decode_attention
 
-__all__ = ["DecodeView", "PrefillView", "Segment", "SlotView", "slot_cache"]
+__all__ = ["DecodeView", "HostDecodeView", "PrefillView", "Segment", "SlotView", "slot_cache"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +68,8 @@ class DecodeView(SlotView):
     def __init__(self, kv: KVCache, positions: Tensor) -> None:
         super().__init__(kv)
         self.positions = positions
-        self.rows = torch.arange(positions.shape[0]) if positions.device.type == "cpu" else None
-        self.places = positions.long() if self.rows is not None else None
 
     def store(self, layer: KVLayer, k: Tensor, v: Tensor) -> None:
-        if self.rows is not None and layer.k_scale is None:
-            # The operator's own meaning, without the way to it, which takes as long as the copy.
-            layer.k[self.rows, :, self.places] = k[:, :, 0]
-            layer.v[self.rows, :, self.places] = v[:, :, 0]
-            return
         append_kv(k[:, :, 0], v[:, :, 0], layer.k, layer.v, self.positions, layer.k_scale, layer.v_scale)
 
     def attend(
@@ -102,6 +96,47 @@ class DecodeView(SlotView):
             v_scale=layer.v_scale,
         )
         return out[:, None]
+
+
+class HostDecodeView(DecodeView):
+    """The same on a CPU, where places are known: views of the slots, without the way through operators."""
+
+    def __init__(self, kv: KVCache, positions: Tensor) -> None:
+        super().__init__(kv, positions)
+        self.places = positions.tolist()
+
+    def store(self, layer: KVLayer, k: Tensor, v: Tensor) -> None:
+        if layer.k_scale is not None:
+            super().store(layer, k, v)
+            return
+        for row, place in enumerate(self.places):
+            layer.k[row, :, place] = k[row, :, 0]
+            layer.v[row, :, place] = v[row, :, 0]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        layer = self.layer
+        assert layer is not None
+        is_plain = softcap is None and sinks is None and layer.k_scale is None
+        if not is_plain or key.shape[-1] != value.shape[-1]:
+            return super().attend(query, key, value, scale, window, softcap, sinks)
+        self.current(window)
+        rows = []
+        for row, place in enumerate(self.places):
+            start = 0 if window is None else max(0, place + 1 - window)
+            k, v = (t[row : row + 1, :, start : place + 1] for t in (layer.k, layer.v))
+            q = query[row : row + 1]
+            rows.append(scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
+        out = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return out.transpose(1, 2)
 
 
 class PrefillView(SlotView):

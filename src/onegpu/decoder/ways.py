@@ -100,7 +100,8 @@ def find_decoder(model: nn.Module, options: DecoderOptions, vocabulary: int, dev
     )
     reason = why_not(model, slots, trial)
     if reason is None:
-        return fuse(model, slots, trial) if options.fused else slots
+        wanted = device.type != "cpu" if options.fused is None else options.fused
+        return fuse(model, slots, trial) if wanted else slots
     masked = Way(
         "masked", shapes, columns, MaskedPrefill, MaskedStep, limit=positions_of(model), notes=(f"over slots {reason}",)
     )
