@@ -368,7 +368,8 @@ def chain_step(layers: Sequence[Layer], shapes: dict[str, tuple[int, int]], over
         for name, (N, K) in shapes.items():
             codes, absmax, *rest = layer.weights[name]
             nested: list[Tensor | None] = [*rest] or [None, None, None]
-            x = linear_4bit_tiled(x[:, :K], codes, absmax, None, N, "nf4", 64, *nested, overlap=overlap)
+            scales = nested[0], nested[1], nested[2]
+            x = linear_4bit_tiled(x[:, :K], codes, absmax, None, N, "nf4", 64, *scales, overlap=overlap)
     return x
 
 

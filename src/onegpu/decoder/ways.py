@@ -98,10 +98,14 @@ def find_decoder(model: nn.Module, options: DecoderOptions, vocabulary: int, dev
     slots = Way(
         "slots", shapes, columns, UniversalPrefill, UniversalStep, options.prefill_chunk, options.kv_cache_dtype
     )
+    fused = fuse(model, slots, trial) if (device.type != "cpu" if options.fused is None else options.fused) else None
+    if isinstance(fused, Way) and not may_leave(fused):
+        return fused
     reason = why_not(model, slots, trial)
     if reason is None:
-        wanted = device.type != "cpu" if options.fused is None else options.fused
-        return fuse(model, slots, trial) if wanted else slots
+        return fused if isinstance(fused, Way) else replace(slots, notes=() if fused is None else (fused,))
+    if isinstance(fused, Way) and fused.plan is not None:
+        fused.plan.split()
     masked = Way(
         "masked", shapes, columns, MaskedPrefill, MaskedStep, limit=positions_of(model), notes=(f"over slots {reason}",)
     )
@@ -109,11 +113,11 @@ def find_decoder(model: nn.Module, options: DecoderOptions, vocabulary: int, dev
     return masked if second is None else f"over slots {reason}; with a mask over whole slots {second}"
 
 
-def fuse(model: nn.Module, slots: Way, trial: Trial) -> Way:
-    """The same way with a fused step, where the structure is known and proved; else as it was, with the reason."""
+def fuse(model: nn.Module, slots: Way, trial: Trial) -> Way | str:
+    """The same way with a fused step, where the structure is known and proved; else the sentence why not."""
     plan = recognise(model)
     if isinstance(plan, str):
-        return replace(slots, notes=(f"its layers are not fused: {plan}",))
+        return f"its layers are not fused: {plan}"
     reason = prove(plan)
     # A plan is kept by its model, which it must not keep alive.
     plan.model = weakref.proxy(model)  # type: ignore[assignment]
@@ -123,7 +127,12 @@ def fuse(model: nn.Module, slots: Way, trial: Trial) -> Way:
         if reason is None:
             return way
         plan.split()
-    return replace(slots, notes=(f"its layers are not fused: {reason}",))
+    return f"its layers are not fused: {reason}"
+
+
+def may_leave(way: Way) -> bool:
+    """Whether a fused way takes the universal step for some caches, which then must be proved as well."""
+    return way.plan is None or any(rotary.max_positions is not None for rotary in way.plan.rotaries)
 
 
 def why_not(model: nn.Module, way: Way, trial: Trial) -> str | None:
