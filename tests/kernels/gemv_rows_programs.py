@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kernels.gemv_4bit_programs import disassemble
 from onegpu.kernels import gemv_rows, rms, tail_device
-from onegpu.kernels.launch import NO_CONTRACTION
+from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES
 
 JUMP = re.compile(r"BRA.*?(\.L_x_\d+)")
 # Shared memory that programs get of an H100, and of all others.
@@ -41,7 +41,7 @@ def products(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], str]]:
         if arch.startswith("gfx") and wanted.stages:
             wanted = gemv_rows.AMD
         for gated in (False, True)[: 2 if shape == "small" else 1]:
-            config = wanted.fitted(bucket, K, size, SHARED.get(arch, gemv_rows.SHARED_BYTES), gated=gated)
+            config = wanted.fitted(bucket, K, size, SHARED.get(arch, SHARED_BYTES), gated=gated)
             key = (size, bucket, config, gated)
             if key in seen:
                 continue

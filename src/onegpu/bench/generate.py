@@ -181,8 +181,8 @@ def measure_entrants(
         sizes = {label: weight_bytes(model) for label, model in models.items()}
         for batch in batches:
             prompt = make_prompts(batch)
-            for model in models.values():
-                reset_peak(model.device)
+            for device in {model.device for model in models.values()}:
+                reset_peak(device)
             alive = {label: model for label, model in models.items() if label not in failures}
             speeds = measure_speed(alive, prompt, max_new_tokens=max_new_tokens, runs=runs, progress=progress)
             for entrant in group:

@@ -19,6 +19,8 @@ from onegpu.kernels import (
     rotary_decode_attention,
 )
 from onegpu.kernels.encoder_ops import attention_blocks, gelu_, place_tokens, varlen_attention
+from onegpu.kernels.experts_ops import experts_4bit, experts_8bit
+from onegpu.kernels.prefill_ops import causal_attention
 from onegpu.kernels.tiled_ops import linear_4bit_tiled
 
 __all__ = ["decode_trials", "encoder_trials"]
@@ -41,6 +43,7 @@ def decode_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
     tiled = tile_codes(packed, OUTPUTS, INPUTS).to(device), tile_scales(absmax, OUTPUTS, INPUTS, 64).to(device)
     codes, row_stats, _ = reference.quantize_8bit_rows(weight.cpu())
     ones = torch.ones(INPUTS, device=device, dtype=dtype)
+    one = torch.zeros(x.shape[0], 1, dtype=torch.int64, device=device)
     q, k, v = randn(B, HEADS, HEAD_DIM), randn(B, KV_HEADS, HEAD_DIM), randn(B, KV_HEADS, HEAD_DIM)
     k_cache, v_cache = randn(B, KV_HEADS, CAPACITY, HEAD_DIM), randn(B, KV_HEADS, CAPACITY, HEAD_DIM)
     last = torch.full((B,), CAPACITY - 1, dtype=torch.int32, device=device)
@@ -65,6 +68,14 @@ def decode_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
         "linear_8bit_rows": lambda: (linear_8bit_rows(x, codes.to(device), row_stats.to(device)), x @ weight.T),
         "linear_4bit_tiled": lambda: (linear_4bit_tiled(x, *tiled, None, OUTPUTS, "nf4", 64), x @ plain.T),
         "rms_norm": lambda: (rms_norm(x, ones, 1e-6), torch.nn.functional.rms_norm(x, (INPUTS,), ones, 1e-6)),
+        "experts_4bit": lambda: (
+            experts_4bit(x, one, packed.to(device), absmax.to(device), 1, OUTPUTS, "nf4", 64),
+            x @ plain.T,
+        ),
+        "experts_8bit": lambda: (
+            experts_8bit(x, one, codes.to(device)[None], row_stats.to(device)[None]),
+            x @ weight.T,
+        ),
         "append_kv": appended,
         "decode_attention": lambda: (decode_attention(q, k_cache, v_cache, last, scale), attended(k_cache, v_cache)),
         "rotary_decode_attention": all_at_once,
@@ -86,6 +97,13 @@ def encoder_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]
         outs = [scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in part)) for part in parts]
         return torch.cat([out[0].transpose(0, 1) for out in outs])
 
+    def causal() -> tuple[Tensor, Tensor]:
+        got = causal_attention(query, key, value, bounds, bounds, 5, HEAD_DIM**-0.5)
+        parts = zip(*(torch.split(tensor, lengths) for tensor in (query, key, value)), strict=True)
+        rows = [tuple(t.transpose(0, 1)[None] for t in part) for part in parts]
+        outs = [scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1) for q, k, v in rows]
+        return got, torch.cat(outs)
+
     def placed() -> tuple[Tensor, Tensor]:
         indices = torch.zeros(tokens, dtype=torch.int64, device=device)
         positions = torch.zeros(tokens, dtype=torch.int32, device=device)
@@ -102,6 +120,7 @@ def encoder_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]
             varlen_attention(query, key, value, bounds, columns, 5, HEAD_DIM**-0.5),
             one_by_one(),
         ),
+        "causal_attention": causal,
         "attention_blocks": blocks,
         "place_tokens": placed,
         "gelu_": lambda: (gelu_(query.clone()), gelu(query)),

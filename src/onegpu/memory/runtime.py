@@ -1,8 +1,9 @@
 """What a run needs beside the weights: the key-value cache and the workspace, in bytes.
 
-The workspace is the largest of what is alive at once, in 16 bit, for all tokens of a prompt in one go:
+The workspace is the largest of what is alive at once, in 16 bit, for the tokens that one forward of a prompt takes:
 
-    rows          batch x context
+    rows          batch x context; a decoder alone takes its prompts in pieces of 2048 tokens, or of a quarter of the
+                  context where that is more
     feed-forward  rows x (3 inner + 4 hidden + 2 head_dim), 2 inner without a gate: gate, up and their product; the
                   embedded prompt, the layer's input, the residual and what goes in; the rotary table
     attention     rows x (7 hidden + 2 head_dim), where that is more
@@ -23,6 +24,9 @@ __all__ = ["KV_DTYPES", "kv_bytes", "loading_bytes", "workspace_bytes"]
 
 KV_DTYPES = ("16bit", "fp8", "int8")
 LIBRARY_BYTES = 32 << 20
+# As `onegpu.decoder` cuts prompts.
+PIECE_TOKENS = 2048
+MOST_PIECES = 4
 SCRATCH_WEIGHTS = 1 << 25
 
 
@@ -45,6 +49,8 @@ def workspace_bytes(
 ) -> int:
     """The largest of what a forward over the whole prompt holds at once; the formula is at the top of this page."""
     rows = batch * max(context, geometry.source_tokens or 0)
+    if geometry.kind == "decoder":
+        rows = min(rows, max(PIECE_TOKENS, -(-context // MOST_PIECES)))
     active = geometry.chosen if geometry.experts else 1
     products = 3 if geometry.gated else 2
     feed_forward = products * geometry.inner * active + 4 * geometry.hidden
