@@ -23,6 +23,7 @@ __all__ = ["LONGEST", "PrefillGraphs"]
 
 LENGTHS = (32, 64, 128, 192, 256, 384, 512)
 LONGEST = LENGTHS[-1]
+MAX_GRAPHS = 16
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class PrefillGraphs:
             return self.plain(segments, tokens, keep)
         self.seen[key] += 1
         found = self.captured.get(key)
-        if found is None and self.seen[key] > 1:
+        if found is None and self.seen[key] > 1 and len(self.captured) < MAX_GRAPHS:
             found = self.capture(*key)
         if found is None:
             return self.plain(segments, tokens, keep)
