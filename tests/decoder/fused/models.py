@@ -59,6 +59,7 @@ MORE = [
             attn_logit_softcapping=0.7,
             final_logit_softcapping=1.5,
             query_pre_attn_scalar=5,
+            attn_implementation="eager",  # what caps the scores on every Transformers
         ),
     ),
     TinyModel("phi3-partial", make("Phi3Config", **GATED, partial_rotary_factor=0.5, sliding_window=4)),
