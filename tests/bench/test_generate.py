@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +146,22 @@ def entrant_rows(
         batches,
         **{"max_new_tokens": 3, "runs": 1, "in_turns": True} | options,
     )
+
+
+def test_a_model_is_gone_before_the_next_is_loaded() -> None:
+    """Else its bytes would be in the next one's peak."""
+    made: list[weakref.ref[Any]] = []
+
+    def load(_: Contender) -> Any:
+        gc.collect()
+        assert [model for model in made if model() is not None] == []
+        model = tiny_llama()
+        made.append(weakref.ref(model))
+        return model
+
+    rows = entrant_rows("16bit,transformers,fp32", load, in_turns=False)
+    assert [row.error for row in rows] == [""] * len(rows)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("in_turns", [True, False])
