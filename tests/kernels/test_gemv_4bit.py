@@ -23,7 +23,7 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
 REGISTERS = {4: 168, 8: 160, 16: 128}
 REGISTERS_32_ROWS = {4: 255, 8: 200}
 # Of a step, by rows of x; an H100 issues 5.4 a weight in the time it reads one, and sustains about half of that.
-INSTRUCTIONS = {1: 2.5, 8: 2.5, 16: 3.2, 32: 5.0}
+INSTRUCTIONS = {1: 2.5, 8: 3.0, 16: 3.2, 32: 5.0}
 NESTED_INSTRUCTIONS = 1.2
 # Beyond this Triton would have to ask for more at launch, and it does not know of what the assembly declares.
 SHARED = 48 * 1024
