@@ -169,5 +169,7 @@ def load(
     if fast:
         from onegpu.fastpath import optimize
 
+        if where != "cpu":
+            say("preparing the fast path; the first time here its kernels are compiled, which takes some seconds")
         optimize(model)
     return Loaded(name, model, tokenizer, label, time.perf_counter() - begun)
