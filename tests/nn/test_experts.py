@@ -64,6 +64,28 @@ def test_in_place_as_the_plain_module(pair: tuple[Any, Any], tokens: int) -> Non
     assert torch.allclose(got, expected, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_in_place_is_proved_before_it_is_used(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, cpu = pair[0], torch.device("cpu")
+    assert quantized.in_place_is_proved(cpu, torch.float32)
+    monkeypatch.setattr(type(quantized), "in_place_agrees", lambda *_: pytest.fail("asked twice"))
+    assert quantized.in_place_is_proved(cpu, torch.float32)
+
+
+@pytest.mark.parametrize("wrong_from", [1, 100])
+def test_a_wrong_result_in_place_is_seen(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, wrong_from: int
+) -> None:
+    """Wrong for few tokens, or for many only."""
+    quantized = pair[0]
+    right = type(quantized).forward_in_place
+
+    def wrong(self: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return right(self, x, *args) * (1.1 if len(x) >= wrong_from else 1.0)
+
+    monkeypatch.setattr(type(quantized), "forward_in_place", wrong)
+    assert not quantized.in_place_is_proved(torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 5, 300])
 def test_captured(pair: tuple[Any, Any], tokens: int) -> None:

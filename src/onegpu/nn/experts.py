@@ -6,7 +6,8 @@ and scales under the same names (`gate_up_proj`, `gate_up_proj_absmax`, ...).
 
 The host never learns which experts the tokens chose, so that a CUDA graph can hold the layer:
 
-    on a GPU       the chosen experts' codes are read where they are, whatever the number of tokens
+    on a GPU       the chosen experts' codes are read where they are, whatever the number of tokens, once that has been
+                   seen to give what gathering them gives
     few tokens     elsewhere, or where gradients are needed: the experts they chose are gathered as codes, dequantized
                    and multiplied
     else           also for a structure we do not know: the layer's experts are dequantized for the length of the call
@@ -38,6 +39,10 @@ from onegpu.nn.state import (
 )
 
 __all__ = ["QuantExperts", "expert_parameters", "plain_experts_class", "quantize_experts_module"]
+
+# Several roundings to bfloat16, of the largest value; and enough tokens for the way of many.
+PROOF_TOLERANCE = 3e-2
+PROOF_COPIES = 64
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -145,7 +150,36 @@ class QuantExperts(nn.Module):
         # Many rows want tensor cores, which Triton reaches from Ampere on and in 16 bit.
         few = top_k_index.numel() < self.expert_specs["gate_up_proj"].num_experts
         fast = dtype in (torch.bfloat16, torch.float16) and why_not_triton(x.device, (8, 0)) is None
-        return fast or (few and why_not_triton(x.device) is None)
+        return (fast or (few and why_not_triton(x.device) is None)) and self.in_place_is_proved(x.device, dtype)
+
+    def in_place_is_proved(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether `forward_in_place` was seen to do what `forward_gathered` does, here and with these weights.
+
+        The first time it waits for the device; while a CUDA graph is captured it does not, and says no.
+        """
+        proofs: dict[tuple[torch.device, torch.dtype], bool] = self.__dict__.setdefault("in_place_proofs", {})
+        if (device, dtype) not in proofs:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return False
+            proofs[device, dtype] = self.in_place_agrees(device, dtype)
+        return proofs[device, dtype]
+
+    def in_place_agrees(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Two tokens through the chosen experts' gathered weights and in place, then many copies of them in place."""
+        spec = self.expert_specs["gate_up_proj"]
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, spec.shape[-1], generator=generator).to(device, dtype)
+        last = spec.num_experts - 1
+        index = torch.tensor([[0, last], [last // 2, 0]], device=device)
+        weights = torch.full((2, 2), 0.5, dtype=dtype, device=device)
+        with torch.no_grad():
+            expected = self.forward_gathered(x, index, weights, dtype).float()
+            few = self.forward_in_place(x, index, weights, dtype).float()
+            xs, indices, shares = (tensor.repeat(PROOF_COPIES, 1) for tensor in (x, index, weights))
+            many = self.forward_in_place(xs, indices, shares, dtype).float().view(PROOF_COPIES, *expected.shape)
+        bound = PROOF_TOLERANCE * expected.abs().max()
+        worst = torch.maximum((few - expected).abs().max(), (many - expected).abs().max())
+        return bool(worst <= bound)
 
     def forward_in_place(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
         """As `forward_gathered`; no code is copied, and no weight exists in `dtype`."""
