@@ -6,6 +6,7 @@ attend(q, k, v)         attention over what is in the slots    the attention fun
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,9 +58,9 @@ class SlotView(CacheView):
         self.windows[self.index] = window
         return layer
 
+    @abstractmethod
     def store(self, layer: KVLayer, k: Tensor, v: Tensor) -> None:
         """Put new keys and values in their places."""
-        raise NotImplementedError
 
 
 class DecodeView(SlotView):
