@@ -19,10 +19,9 @@ from onegpu.decoder.graphs import capture
 from onegpu.decoder.universal import PrefillInputs, UniversalPrefill
 from onegpu.decoder.views import Segment
 
-__all__ = ["LONGEST", "PrefillGraphs"]
+__all__ = ["PrefillGraphs"]
 
 LENGTHS = (32, 64, 128, 192, 256, 384, 512)
-LONGEST = LENGTHS[-1]
 MAX_GRAPHS = 16
 
 
