@@ -89,7 +89,6 @@ def attend_tile(
     HAS_BIAS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SCALE_LATE: tl.constexpr,
-    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of keys and values into (m, total, acc). Pointers stand at the sequence's first token and the head."""
@@ -99,10 +98,7 @@ def attend_tile(
     k_ptrs = k_ptr + cols[:, None] * stride_kt + dims[None, :]
     v_ptrs = v_ptr + cols[:, None] * stride_vt + dims[None, :]
     inside = col_mask[:, None] & (dims < D)[None, :]
-    if MASKED or D < BLOCK_D:
-        k = tl.load(k_ptrs, mask=inside, other=0.0)
-    else:
-        k = tl.load(k_ptrs)
+    k = tl.load(k_ptrs, mask=inside, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not SCALE_LATE:
         scores *= scale
@@ -113,13 +109,12 @@ def attend_tile(
         scores += tl.load(bias_ptr + distance, mask=row_mask[:, None] & col_mask[None, :], other=0.0)
     if not SCALE_LATE:
         scores *= LOG2_E
-    if MASKED:
-        seen = col_mask[None, :]
-        if CAUSAL:
-            seen = seen & (cols[None, :] <= rows[:, None])
-        if HAS_WINDOW:
-            seen = seen & (distance <= window) & (distance >= -window)
-        scores = tl.where(seen, scores, float("-inf"))
+    seen = col_mask[None, :]
+    if CAUSAL:
+        seen = seen & (cols[None, :] <= rows[:, None])
+    if HAS_WINDOW:
+        seen = seen & (distance <= window) & (distance >= -window)
+    scores = tl.where(seen, scores, float("-inf"))
     if SCALE_LATE:
         # The maximum first, then product and difference in one instruction.
         factor = scale * LOG2_E
@@ -130,10 +125,7 @@ def attend_tile(
         p = tl.exp2(scores - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
-    if MASKED or D < BLOCK_D:
-        v = tl.load(v_ptrs, mask=inside, other=0.0)
-    else:
-        v = tl.load(v_ptrs)
+    v = tl.load(v_ptrs, mask=inside, other=0.0)
     acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return m_new, total, acc
 
@@ -170,7 +162,6 @@ def varlen_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
     SCALE_LATE: tl.constexpr,
-    SPLIT_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -202,41 +193,10 @@ def varlen_attention_kernel(
         m = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        last, whole = length, 0
+        last = length
         if CAUSAL:
             last = tl.minimum(length, first_row + BLOCK_M)
-        if SPLIT_TAIL:
-            whole = (length // BLOCK_N) * BLOCK_N
-            for first in range(0, whole, BLOCK_N):
-                m, total, acc = attend_tile(
-                    q,
-                    m,
-                    total,
-                    acc,
-                    k_ptr,
-                    v_ptr,
-                    positions_ptr,
-                    bias_ptr,
-                    stride_kt,
-                    stride_vt,
-                    first,
-                    length,
-                    rows,
-                    row_mask,
-                    q_pos,
-                    window,
-                    scale,
-                    D=D,
-                    BLOCK_N=BLOCK_N,
-                    BLOCK_D=BLOCK_D,
-                    CAUSAL=CAUSAL,
-                    HAS_BIAS=HAS_BIAS,
-                    HAS_WINDOW=HAS_WINDOW,
-                    SCALE_LATE=SCALE_LATE,
-                    MASKED=False,
-                    PRECISION=PRECISION,
-                )
-        for first in range(whole, last, BLOCK_N):
+        for first in range(0, last, BLOCK_N):
             m, total, acc = attend_tile(
                 q,
                 m,
@@ -262,7 +222,6 @@ def varlen_attention_kernel(
                 HAS_BIAS=HAS_BIAS,
                 HAS_WINDOW=HAS_WINDOW,
                 SCALE_LATE=SCALE_LATE,
-                MASKED=True,
                 PRECISION=PRECISION,
             )
         acc = acc / total[:, None]
@@ -304,7 +263,6 @@ def varlen_attention(
         return out
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (query, key, value))
     tiles = tiles or tiles_for(query.dtype, D, max_seqlen)
-    is_plain = not causal and bias is None and window is None
     if blocks is None:
         grid: tuple[int, ...] = (H, triton.cdiv(max_seqlen, tiles.block_m), cu_seqlens.numel() - 1)
     else:
@@ -341,7 +299,6 @@ def varlen_attention(
             HAS_WINDOW=window is not None,
             HAS_BLOCKS=blocks is not None,
             SCALE_LATE=bias is None and scale > 0,
-            SPLIT_TAIL=tiles.split_tail and is_plain,
             PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,

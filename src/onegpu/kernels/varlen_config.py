@@ -15,16 +15,12 @@ __all__ = ["Tiles", "tiles_for"]
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """One program's share: `block_m` queries against `block_n` keys at a time.
-
-    `split_tail` runs whole key tiles in a loop without a mask, and the last one apart.
-    """
+    """One program's share: `block_m` queries against `block_n` keys at a time."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    split_tail: bool = False
 
 
 def tiles_for(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Tiles:
