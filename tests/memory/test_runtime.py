@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_narrower_caches() -> None:
     geometry = read_geometry(BY_NAME["llama"].make_config().to_dict())
     vectors = 2 * 2 * CONTEXT * 2  # layers, keys and values, tokens, heads
     assert kv_bytes(geometry, CONTEXT, 1) == vectors * 16 * 2
-    assert kv_bytes(geometry, CONTEXT, 1, "fp8") == vectors * 16
+    assert kv_bytes(geometry, CONTEXT, 1, "fp8") == vectors * (16 + 4)
     assert kv_bytes(geometry, CONTEXT, 1, "int8") == vectors * (16 + 4)
 
 
@@ -146,9 +147,10 @@ def test_the_workspace_is_what_a_prompt_allocates(inner: int) -> None:
     assert 0.99 * counted.peak <= planned <= 1.1 * counted.peak, (counted.peak, planned)
 
 
-def test_experts_are_dequantized_a_layer_at_a_time() -> None:
+def test_experts_of_unknown_structure_are_dequantized_a_layer_at_a_time() -> None:
     names = [f"model.layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in ("up", "down")]
-    weights = [Weight(name, "experts", 4096, 64, 8) for name in names]
+    weights = [Weight(name, "experts", 4096, 64, 8, as_one=True) for name in names]
+    assert scratch_bytes([replace(weight, as_one=False) for weight in weights], "nf4") == 0
     assert scratch_bytes(weights, "nf4") == 2 * 2 * 4096
     assert scratch_bytes(weights, "16bit") == 0
     assert loading_bytes(weights, "nf4") == 2 * 4096 // 8

@@ -11,7 +11,7 @@ from onegpu.memory.geometry import Geometry, read_geometry
 from onegpu.memory.gpus import Gpu, find_gpu, known_gpus, local_gpu
 from onegpu.memory.known import tensors_from_config
 from onegpu.memory.report import FitReport, FormatFit
-from onegpu.memory.runtime import KV_DTYPES, kv_bytes, loading_bytes, workspace_bytes
+from onegpu.memory.runtime import KV_DTYPES, cache_bytes, loading_bytes, workspace_bytes
 from onegpu.memory.source import Source, read_source
 from onegpu.memory.speed import tokens_per_second
 from onegpu.memory.weights import FORMATS, Weight, bytes_in, read_weights, stored_weights
@@ -156,7 +156,7 @@ class Planner:
 
     def needs(self, format: str, context: int) -> tuple[int, int, int]:
         """Weights, cache and workspace; the workspace is no less than what loading needs."""
-        cache = kv_bytes(self.geometry, context, self.batch, self.kv_dtype)
+        cache = cache_bytes(self.geometry, context, self.batch, self.kv_dtype)
         work = workspace_bytes(self.geometry, self.weights, format, context, self.batch, self.kv_dtype)
         return self.weight_bytes(format), cache, max(work, loading_bytes(self.weights, format) - cache)
 

@@ -48,7 +48,9 @@ class Weight:
     """One parameter as the loader makes it.
 
     `role` is "matrix", "experts", "embedding", "head" or "kept". `rows` are the scales it has in int8. `tied` says
-    that an embedding is the output head as well. `stored` are the bytes of what is quantized in the file already.
+    that an embedding is the output head as well. `as_one` says that the experts are one tensor in the file, whose
+    structure is not known: it may be transposed, or have biases. `stored` are the bytes of what is quantized in the
+    file already.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Weight:
     rows: int = 0
     experts: int = 1
     tied: bool = False
+    as_one: bool = False
     stored: int | None = None
 
 
@@ -82,7 +85,8 @@ def read_weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
         elif kept_by_model is not None and kept_by_model in parts:
             weights.append(Weight(name, "kept", info.numel))
         elif len(info.shape) == 3 and STACKED.fullmatch(name):
-            weights.append(Weight(name, "experts", info.numel, info.shape[0] * info.shape[1], info.shape[0]))
+            rows = info.shape[0] * info.shape[1]
+            weights.append(Weight(name, "experts", info.numel, rows, info.shape[0], as_one=True))
         else:
             role = role_of(name, info, text)
             rows = info.shape[1 if transposed else 0] if role == "matrix" else 0
