@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from onegpu.errors import ConfigError
@@ -19,6 +21,7 @@ __all__ = [
     "QUANT_STORAGE_DTYPES",
     "QUANT_TYPES",
     "QuantConfig",
+    "cache_folder",
     "check_choice",
 ]
 
@@ -67,6 +70,14 @@ DEFAULT_BLOCKSIZE = 64
 DEFAULT_THRESHOLD = 6.0
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 QUANT_STORAGE_DTYPES = ("uint8", "int8", "float16", "bfloat16", "float32", "float64")
+
+
+def cache_folder() -> Path:
+    """$ONEGPU_CACHE, else onegpu/ in $XDG_CACHE_HOME, else ~/.cache/onegpu."""
+    own = os.environ.get("ONEGPU_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onegpu"
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -422,7 +422,7 @@ def test_units_follow_from_shapes_alone() -> None:
 
 
 def test_tickets_are_kept_apart() -> None:
-    from onegpu.kernels.split_launch import NUM_TICKETS, Tickets
+    from onegpu.kernels.tickets import NUM_TICKETS, Tickets
 
     tickets = Tickets(torch.device("cpu"))
     taken = [tickets.take(40) for _ in range(3)]

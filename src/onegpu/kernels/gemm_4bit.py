@@ -1,0 +1,249 @@
+# mypy: allow-untyped-calls
+"""y = tail(x @ W.T + bias) for a tiled 4-bit W and many rows of x, on Hopper's warpgroup products.
+
+The kernel is `cuda/gemm_4bit.cu`, which says how it works: W is decoded in registers, never in memory, and equals what
+dequantizing gives, bit for bit. Scales are float32 here; nested ones are evaluated before it, into tile order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onegpu.errors import DeviceError
+from onegpu.formats.codebooks import FP4_CODE, NF4_CODE
+from onegpu.kernels import nvrtc
+from onegpu.kernels.gemm_4bit_config import ROWS, Config, configure, shared_bytes, stages
+from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
+from onegpu.kernels.tickets import tickets
+
+__all__ = ["MIN_ROWS", "gemm_4bit", "source", "why_not_gemm"]
+
+# From so many rows of x on it is quicker than `gemv_4bit`.
+MIN_ROWS: Final = 33
+# Warpgroup products are in no other architecture, newer ones included.
+CAPABILITY: Final = (9, 0)
+ARCHITECTURE: Final = "sm_90a"
+THREADS: Final = 384
+CODEBOOKS: Final = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+ACTIVATIONS: Final = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+BIAS_KINDS: Final = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+# Offsets of a row of x are counted in 32 bits.
+MAX_STRIDE: Final = 2**31
+
+
+class Codebook(ctypes.Structure):
+    """The 16 values of a code."""
+
+    _fields_ = (("value", ctypes.c_float * 16),)
+
+
+class Problem(ctypes.Structure):
+    """One product: the struct of this name in the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "bias", "residual", "y", "partial", "tickets")),
+        *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride")),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "x_stride", "M", "N", "K", "scale_shift", "splits", "tiles_each", "bias_kind", "vectors", "overlap",
+            )
+        ),
+    )  # fmt: skip
+
+
+@functools.cache
+def why_not_gemm(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the kernel runs, else the reason in a sentence."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, the tensors are on {device}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {dtype}"
+    if capability(device) != CAPABILITY:
+        return "needs compute capability 9.0 exactly: warpgroup products are Hopper's alone"
+    reason = nvrtc.why_not_nvrtc()
+    if reason is not None:
+        return reason
+    try:
+        kernel(32, 64, dtype, gated=False, activation=None, device=device)
+    except DeviceError as error:
+        return str(error)
+    return None
+
+
+def source(tokens: int, blocksize: int, dtype: torch.dtype, *, gated: bool, activation: str | None) -> nvrtc.Source:
+    """The source for a kind of product."""
+    groups = 2 if blocksize == 32 else 1
+    is_bfloat = dtype == torch.bfloat16
+    macros: nvrtc.Macros = (
+        ("TOKENS", tokens),
+        ("STAGES", stages(tokens, groups, gated)),
+        ("GROUPS", groups),
+        ("GATED", int(gated)),
+        ("ACTIVATION", ACTIVATIONS[activation]),
+        ("BFLOAT", int(is_bfloat)),
+        ("PRODUCT", product(tokens, "bf16" if is_bfloat else "f16")),
+        ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(tokens // 2))),
+    )
+    return nvrtc.Source("gemm_4bit", macros)
+
+
+def product(tokens: int, kind: str) -> str:
+    """One wgmma: sums in operands 0 to n - 1, then the left operand's four registers, the right one's place, keep."""
+    n = tokens // 2
+    sums = ", ".join(f"%{i}" for i in range(n))
+    return (
+        f'"{{ .reg .pred keep; setp.ne.b32 keep, %{n + 5}, 0; '
+        f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, "
+        f'{{%{n}, %{n + 1}, %{n + 2}, %{n + 3}}}, %{n + 4}, keep, 1, 1, 0; }}"'
+    )
+
+
+def kernel(
+    tokens: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    *,
+    gated: bool,
+    activation: str | None,
+    device: torch.device,
+) -> nvrtc.Function:
+    """The compiled kernel on a device."""
+    groups = 2 if blocksize == 32 else 1
+    index = torch.cuda.current_device() if device.index is None else device.index
+    made = source(tokens, blocksize, dtype, gated=gated, activation=activation)
+    return nvrtc.load(made, ARCHITECTURE, THREADS, shared_bytes(tokens, groups, gated), index)
+
+
+@functools.cache
+def codebook(quant_type: str) -> Codebook:
+    return Codebook((ctypes.c_float * 16)(*CODEBOOKS[quant_type]))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def expand_scales_kernel(
+    out_ptr,  # float32 [row tiles, blocks, 16]
+    absmax_ptr,  # uint8 of the same shape
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    count,
+    N,
+    blocks,
+    OFFSETS: tl.constexpr,  # 1 for an offset of each row tile, 0 for one of all
+    BLOCK: tl.constexpr,
+):
+    """map[code] * factor + offset, product and sum each rounded, as everywhere."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    lane = place % 16
+    row_tile = place // 16 // blocks
+    row = row_tile * 16 + lane % 2 * 8 + lane // 2
+    mask_row = mask & (row < N)
+    flat = row * blocks + place // 16 % blocks
+    code = tl.load(absmax_ptr + place, mask=mask, other=0).to(tl.int32)
+    scale = tl.load(nested_code_ptr + code) * tl.load(nested_absmax_ptr + flat // 256, mask=mask_row, other=0.0)
+    scale += tl.load(nested_offset_ptr + row_tile * OFFSETS, mask=mask, other=0.0)
+    tl.store(out_ptr + place, tl.where(mask_row, scale, 0.0), mask=mask)
+
+
+def expand_scales(absmax: Tensor, nested: tuple[Tensor, Tensor, Tensor], N: int, blocks: int) -> Tensor:
+    """float32 scales in tile order from nested ones, whose codes are in tile order."""
+    scales = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
+    block = 1024
+    with on_device_of(absmax):
+        expand_scales_kernel[(triton.cdiv(scales.numel(), block),)](
+            scales, absmax, *nested, scales.numel(), N, blocks,
+            OFFSETS=int(nested[2].dim() == 1), BLOCK=block, num_warps=4, **NO_CONTRACTION,
+        )  # fmt: skip
+    return scales
+
+
+def gemm_4bit(
+    y: Tensor,
+    rows: Tensor,
+    tiled: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    overlap: bool = False,
+    config: Config | None = None,
+) -> None:
+    """Write the tail of rows @ W.T + bias into y.
+
+    Args:
+        y: [M, N], or [M, N / 2] if gated; contiguous, in the dtype of `rows`.
+        rows: [M, K], bfloat16 or float16, M at least 1; elements of a row side by side, rows on 4-byte boundaries.
+        tiled, absmax: `onegpu.formats.tiling`'s codes and scales of W [N, K], contiguous.
+        nested: `nested_absmax`, `nested_code`, `nested_offset` where absmax is uint8; the last one for all, or one
+            for each row tile.
+        residual: as y.
+        activation, gated: of `onegpu.kernels.tail`; gated needs N to be a multiple of 32.
+        overlap: begin before the kernel in front has ended; nothing is read before it has.
+        config: instead of `configure`'s choice.
+
+    Raises:
+        DeviceError: the kernel does not compile or the driver refuses it.
+    """
+    M, K = rows.shape
+    N = 2 * y.shape[1] if gated else y.shape[1]
+    device = rows.device
+    config = configure(M, N, K, processors(device)) if config is None else config
+    steps = K // 64
+    tiles_each = -(-steps // config.splits)
+    splits = -(-steps // tiles_each)
+    blocks_n, blocks_m = -(-N // ROWS), -(-M // config.tokens)
+    if nested is not None:
+        absmax = expand_scales(absmax, nested, N, K // blocksize)
+    partial = counters = None
+    if splits > 1:
+        size = blocks_n * blocks_m * splits * config.tokens * ROWS
+        partial = torch.empty(size, dtype=torch.float32, device=device)
+        counters = tickets(blocks_n * blocks_m, device)
+    width = y.element_size()
+    strides = [tensor.stride(0) * width for tensor in (y, residual) if tensor is not None]
+    starts = [tensor.data_ptr() for tensor in (y, residual) if tensor is not None]
+    problem = Problem(
+        x=rows.data_ptr(),
+        codes=tiled.data_ptr(),
+        scales=absmax.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        y=y.data_ptr(),
+        partial=None if partial is None else partial.data_ptr(),
+        tickets=None if counters is None else counters.data_ptr(),
+        residual_stride=0 if residual is None else residual.stride(0) * width,
+        y_stride=y.stride(0) * width,
+        x_stride=rows.stride(0) * width,
+        M=M,
+        N=N,
+        K=K,
+        scale_shift=max(0, (blocksize // 64).bit_length() - 1),
+        splits=splits,
+        tiles_each=tiles_each,
+        bias_kind=BIAS_KINDS[None if bias is None else bias.dtype],
+        vectors=int(all(value % 16 == 0 for value in (*strides, *starts))),
+        overlap=int(overlap),
+    )
+    function = kernel(config.tokens, blocksize, rows.dtype, gated=gated, activation=activation, device=device)
+    with on_device_of(rows):
+        grid = min(blocks_n * blocks_m * splits, processors(device))
+        nvrtc.launch(function, grid, (problem, codebook(quant_type)), device, overlap=overlap)

@@ -1,0 +1,172 @@
+"""The many-row 4-bit product on Hopper: its programs, its configurations, and on a GPU its numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from kernels.cases import Weight4bit, assert_no_worse, exact_product, normal, run_captured, weight_4bit
+from onegpu.config import BLOCKSIZES
+from onegpu.formats import tiling
+from onegpu.kernels.gemm_4bit_config import MAX_SHARED, TOKENS, Config, configure, shared_bytes, stages
+from onegpu.kernels.tail import apply_tail
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def tiled_args(weight: Weight4bit) -> tuple[Tensor, Tensor]:
+    return (
+        tiling.tile_codes(weight.packed, *weight.shape),
+        tiling.tile_scales(weight.absmax, *weight.shape, weight.blocksize),
+    )
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_fits_shared_memory(tokens: int, groups: int, gated: bool) -> None:
+    assert stages(tokens, groups, gated) >= 4
+    assert shared_bytes(tokens, groups, gated) <= MAX_SHARED
+
+
+def test_configurations_fit_the_shape() -> None:
+    for M in (33, 64, 100, 128, 192, 256, 512, 1000, 4096):
+        for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (16, 64), (17, 256)):
+            config = configure(M, N, K, 132)
+            assert config.tokens in TOKENS
+            assert 1 <= config.splits <= max(1, K // 256)
+    assert configure(64, 28672, 4096, 132).tokens == 64
+    assert configure(64, 4096, 4096, 132).splits > 1, "32 programs alone would leave most processors without work"
+
+
+@pytest.fixture
+def gemm():
+    module = pytest.importorskip("onegpu.kernels.gemm_4bit")
+    reason = module.why_not_gemm(torch.device("cuda"), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
+    return module
+
+
+def run(gemm, weight: Weight4bit, x: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+    device = torch.device("cuda")
+    there = weight.to(device)
+    width = weight.shape[0] // 2 if options.get("gated") else weight.shape[0]
+    y = torch.full((x.shape[0], width), float("nan"), dtype=x.dtype, device=device)
+    nested = there.nested or None
+    residual = options.pop("residual", None)
+    gemm.gemm_4bit(
+        y,
+        x.to(device),
+        *(t.to(device) for t in tiled_args(there)),
+        None if bias is None else bias.to(device),
+        weight.quant_type,
+        weight.blocksize,
+        nested,
+        residual=None if residual is None else residual.to(device),
+        **options,
+    )
+    return y.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("N", "K"), [(1, 64), (33, 192), (128, 128), (200, 320), (272, 1024)])
+def test_product(gemm, N: int, K: int, nested: bool, dtype: torch.dtype) -> None:
+    weight = weight_4bit(N, K, nested=nested)
+    for M in (1, 7, 33, 64, 100, 257):
+        x = normal(M, K, dtype=dtype)
+        for bias in (None, normal(N, dtype=dtype), normal(N)):
+            y = run(gemm, weight, x, bias)
+            plain = linear(x, weight.dense(dtype), None if bias is None else bias.to(dtype))
+            assert_no_worse(y, plain, exact_product(x, weight.dense(torch.float32), bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_every_configuration_gives_the_same(gemm, tokens: int, splits: int) -> None:
+    """Each weight equals the dequantized one, so only the order of float32 sums is left."""
+    weight = weight_4bit(208, 1024)
+    x = normal(300, 1024, dtype=torch.bfloat16)
+    y = run(gemm, weight, x, config=Config(tokens, splits))
+    exact = exact_product(x, weight.dense(torch.bfloat16), None)
+    error = (y.double() - exact).abs().max() / exact.abs().max()
+    assert error < 2**-8
+    again = run(gemm, weight, x, config=Config(tokens, splits))
+    assert torch.equal(y, again)
+
+
+@pytest.mark.gpu
+def test_rows_do_not_depend_on_their_neighbours(gemm) -> None:
+    weight = weight_4bit(144, 512)
+    x = normal(300, 512, dtype=torch.bfloat16)
+    whole = run(gemm, weight, x, config=Config(128))
+    part = run(gemm, weight, x[37:170], config=Config(128))
+    assert torch.equal(whole[37:170], part)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_blocksize(gemm, blocksize: int, quant_type: str) -> None:
+    K = max(320 // blocksize * blocksize, blocksize)
+    K = K if K % 64 == 0 else 64 * K
+    weight = weight_4bit(40, K, quant_type, blocksize)
+    x = normal(65, K, dtype=torch.float16)
+    for splits in (1, 2):
+        y = run(gemm, weight, x, config=Config(96, splits))
+        assert_no_worse(y, linear(x, weight.dense(x.dtype)), exact_product(x, weight.dense(torch.float32), None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("N", [96, 224])
+def test_tails(gemm, N: int, gated: bool, activation: str | None, dtype: torch.dtype) -> None:
+    if gated and activation is None:
+        pytest.skip("a gate has an activation")
+    weight = weight_4bit(N, 256)
+    x, bias = normal(77, 256, dtype=dtype), normal(N, seed=1, dtype=dtype)
+    for residual in (None, normal(77, N // 2 if gated else N, seed=2, dtype=dtype)):
+        exact = apply_tail(
+            exact_product(x, weight.dense(torch.float32), bias), residual, activation, gated, torch.float64
+        )
+        plain = apply_tail(linear(x, weight.dense(dtype), bias).float(), residual, activation, gated, dtype)
+        for config in (Config(64), Config(96, 2)):
+            y = run(gemm, weight, x, bias, residual=residual, activation=activation, gated=gated, config=config)
+            assert_no_worse(y, plain, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [Config(64), Config(64, 4)])
+def test_captured(gemm, config: Config) -> None:
+    device = torch.device("cuda")
+    weight = weight_4bit(160, 1024).to(device)
+    tiles = tuple(t.to(device) for t in tiled_args(weight))
+    x = normal(70, 1024, dtype=torch.bfloat16).to(device)
+    y = torch.empty(70, 160, dtype=torch.bfloat16, device=device)
+    other = normal(70, 1024, seed=5, dtype=torch.bfloat16).to(device)
+
+    def call(rows: Tensor = x) -> Tensor:
+        gemm.gemm_4bit(y, rows, *tiles, None, "nf4", 64, config=config)
+        return y
+
+    captured = run_captured(call, lambda: x.copy_(other)).clone()
+    assert torch.equal(captured, call(other))
+
+
+@pytest.mark.gpu
+def test_strided_rows_and_a_pitch_of_its_own(gemm) -> None:
+    """Rows of x far apart, y and residual not on 16 bytes."""
+    weight = weight_4bit(50, 128)
+    wide = normal(90, 300, dtype=torch.bfloat16)
+    x = wide[:, 2:130]
+    residual = normal(90, 50, dtype=torch.bfloat16)
+    y = run(gemm, weight, wide.cuda()[:, 2:130], residual=residual)
+    exact = exact_product(x, weight.dense(torch.float32), None) + residual.double()
+    assert_no_worse(y, linear(x, weight.dense(x.dtype)) + residual, exact)
