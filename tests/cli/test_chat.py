@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,14 @@ def test_a_model_without_a_template_cannot_chat(call: Call, tiny_plain: Path) ->
     result = call("chat", tiny_plain, *OPTIONS, stdin="hello\n")
     assert result.exit_code == 1
     assert "has no chat template" in result.stderr
+
+
+def test_each_answer_is_a_line_of_json(call: Call, tiny: Path) -> None:
+    plain = call("chat", tiny, *OPTIONS, stdin="hello\n/reset\nyou\n")
+    result = call("chat", tiny, *OPTIONS, "--json", stdin="hello\n/reset\nyou\n")
+    assert result.exit_code == 0, result.output
+    said = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [each["question"] for each in said] == ["hello", "you"]
+    assert "".join(each["text"] + "\n" for each in said) == plain.stdout
+    assert all(each["new_tokens"] > 0 and each["format"] == "16bit" for each in said)
+    assert "tok/s" in result.stderr

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from onegpu.cli import build_app
-
-# Conversations with people: no document would say more.
-TALK = ("chat", "demo")
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -61,6 +59,27 @@ def test_every_command_says_what_it_does() -> None:
                 assert all(name.startswith("-") for name in option.opts)
 
 
-@pytest.mark.parametrize("path", [path for path in COMMANDS if path[0] not in TALK], ids=" ".join)
-def test_every_command_that_gives_data_gives_json(path: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_gives_json(path: tuple[str, ...]) -> None:
     assert "--json" in {name for option in COMMANDS[path].params for name in option.opts}
+
+
+@pytest.mark.parametrize(("shell", "file"), [("bash", ".bashrc"), ("zsh", ".zshrc")])
+def test_completion_installs_itself(tmp_path: Path, shell: str, file: str) -> None:
+    """`onegpu --install-completion` leaves a line in the shell's own file, which names a script that calls us."""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "HOME": str(tmp_path)}
+    env["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # else the shell above us is meant
+    command = [sys.executable, "-m", "onegpu.cli", "--install-completion", shell]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / file).is_file()
+    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "_ONEGPU_COMPLETE" in written
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_wrong_usage_has_its_own_exit_code(path: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(build_app(), [*path, "--no-such-option"])
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr
+    assert result.stdout == ""

@@ -154,16 +154,24 @@ def test_the_demo_answers_in_4_bit(call: Call, tmp_path: Path, cache: Path) -> N
     assert result.exit_code == 0, result.output
     folder = demo_checkpoint(tmp_path / "tiny.gguf")
     said = json.loads(call("run", folder, "hello", "-q", "nf4", "-n", 12, "--json", "--device", "cpu").stdout)
-    answer, closing = result.stdout.rsplit("\n\n", 1)
-    assert answer == said["text"]
+    assert result.stdout == said["text"] + "\n"
+    closing = result.stderr.strip().splitlines()[-1]
     assert closing.startswith("nf4 · weights ")
     assert "tok/s" in closing
+
+
+def test_the_demo_gives_json(call: Call, tiny: Path) -> None:
+    result = call("demo", "hello", "--checkpoint", tiny, "-n", 4, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["question"], said["format"], said["new_tokens"]) == ("hello", "nf4", 4)
+    assert "question: hello" in result.stderr
 
 
 def test_the_demo_takes_a_folder(call: Call, tiny: Path) -> None:
     result = call("demo", "hello", "--checkpoint", tiny, "-n", 4, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "nf4" in result.stdout
+    assert "nf4" in result.stderr
 
 
 @pytest.mark.slow

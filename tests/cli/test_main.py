@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,20 @@ def run(*arguments: str, code: str | None = None, **env: str) -> subprocess.Comp
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["bench", "generate", "--help"], ["version"]])
 def test_help_is_quick_because_it_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import atexit, sys\n"
+        "import atexit, sys, time\n"
         f"atexit.register(lambda: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr))\n"
+        "atexit.register(lambda: print(time.process_time(), file=sys.stderr))\n"
         f"sys.argv = ['onegpu', *{arguments!r}]\n"
         "from onegpu.cli import main\nmain()\n"
     )
-    begun = time.perf_counter()
-    result = run(code=code)
-    elapsed = time.perf_counter() - begun
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.strip() == "[]"
-    assert elapsed < 5, "it takes 0.3 s on an idle machine"
+    seconds = []
+    for _ in range(3):
+        result = run(code=code)
+        assert result.returncode == 0, result.stderr
+        elapsed, heavy = result.stderr.split("\n", 1)
+        assert heavy.strip() == "[]"
+        seconds.append(float(elapsed))
+    assert min(seconds) < 0.5, "processor time, so that a busy machine does not count"
 
 
 def test_no_command_is_help() -> None:

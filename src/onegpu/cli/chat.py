@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from onegpu.cli.options import (
     Device,
@@ -44,8 +46,9 @@ def chat(
     system: System = None,
     plain: Plain = False,
     trust_remote_code: RemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document for each answer, a line each.")] = False,
 ) -> None:
-    """Talk with a model. Questions come from stdin, answers go to stdout."""
+    """Talk with a model. Questions come from stdin, a line each; answers go to stdout."""
     from onegpu.cli.console import say
     from onegpu.cli.models import ModelName, load
     from onegpu.errors import UnsupportedError
@@ -57,18 +60,18 @@ def chat(
     if not loaded.tokenizer.chat_template:
         raise UnsupportedError(f"{model} has no chat template, so it cannot hold a conversation", "use `onegpu run`")
     say(COMMANDS)
-    converse(loaded, Sampling(max_new_tokens, temperature, top_p, seed), system)
+    converse(loaded, Sampling(max_new_tokens, temperature, top_p, seed), system, as_json)
 
 
-def converse(loaded: Loaded, sampling: Sampling, system: str | None) -> None:
+def converse(loaded: Loaded, sampling: Sampling, system: str | None, as_json: bool) -> None:
     """Question, answer, question, until the questions end."""
-    from onegpu.cli.answer import Message, answer, speed_line
-    from onegpu.cli.console import say, say_error
+    from onegpu.cli.answer import Message, answer, as_document, speed_line
+    from onegpu.cli.console import print_line, say, say_error
     from onegpu.errors import ConfigError
 
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     history = list(opening)
-    while (question := next_question()) is not None:
+    while (question := next_question(as_json)) is not None:
         if question in ("/exit", "/quit"):
             return
         if question == "/reset":
@@ -79,18 +82,21 @@ def converse(loaded: Loaded, sampling: Sampling, system: str | None) -> None:
         elif question:
             asked = [*history, {"role": "user", "content": question}]
             try:
-                given = answer(loaded, asked, sampling, to_stdout)
+                given = answer(loaded, asked, sampling, (lambda _: None) if as_json else to_stdout)
             except ConfigError as error:
                 say_error(error.message, "/reset starts anew")
                 continue
-            to_stdout("\n")
+            if as_json:
+                print_line({"question": question} | as_document(loaded, given))
+            else:
+                to_stdout("\n")
             say(speed_line(loaded, given))
             history = [*asked, {"role": "assistant", "content": given.text}]
 
 
-def next_question() -> str | None:
+def next_question(as_json: bool) -> str | None:
     """One line, with line editing at a terminal; None at the end. Ctrl-C gives the line up."""
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    at_terminal = not as_json and sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
         import readline  # noqa: F401  (gives input() its line history)
     try:
@@ -98,5 +104,6 @@ def next_question() -> str | None:
     except EOFError:
         return None
     except KeyboardInterrupt:
-        to_stdout("\n")
+        if not as_json:
+            to_stdout("\n")
         return ""

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["print_document", "progress_bar", "quiet_libraries", "say", "say_error", "spare_progress_bars"]
+__all__ = ["print_document", "print_line", "progress_bar", "quiet_libraries", "say", "say_error", "spare_progress_bars"]
 
 
 def say(text: str) -> None:
@@ -35,6 +35,12 @@ def say_error(message: str, hint: str = "") -> None:
 def print_document(document: Mapping[str, object]) -> None:
     """Print one JSON document to stdout."""
     sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def print_line(document: Mapping[str, object]) -> None:
+    """Print one JSON document to stdout as one line, for commands that give several."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 

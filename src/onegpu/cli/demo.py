@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from onegpu.cli.options import Device, MaxNewTokens, Sampling
+from onegpu.cli.options import AsJson, Device, MaxNewTokens, Sampling
 from onegpu.config import QuantConfig
 
 __all__ = ["demo"]
@@ -23,10 +23,11 @@ def demo(
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="Another model, as a folder.")] = None,
     max_new_tokens: MaxNewTokens = 160,
     device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Answer a question with SmolLM2-135M-Instruct in 4 bit. Needs no network once it is installed."""
-    from onegpu.cli.answer import answer, closing_line, messages_for
-    from onegpu.cli.console import quiet_libraries, say
+    from onegpu.cli.answer import answer, as_document, closing_line, messages_for
+    from onegpu.cli.console import print_document, quiet_libraries, say
     from onegpu.cli.demo_model import demo_checkpoint, find_gguf
     from onegpu.cli.models import ModelName, load
     from onegpu.cli.run import to_stdout
@@ -36,5 +37,9 @@ def demo(
     loaded = load(ModelName.parse(str(folder)), QuantConfig(), chosen=False, device=device, fast=True)
     say(f"question: {question}")
     sampling = Sampling(max_new_tokens, temperature=0.0, top_p=1.0, seed=0)
-    given = answer(loaded, messages_for(question, system=None), sampling, to_stdout)
-    to_stdout(f"\n\n{closing_line(loaded, given)}\n")
+    given = answer(loaded, messages_for(question, system=None), sampling, (lambda _: None) if as_json else to_stdout)
+    if as_json:
+        print_document({"question": question} | as_document(loaded, given))
+    else:
+        to_stdout("\n")
+        say(closing_line(loaded, given))

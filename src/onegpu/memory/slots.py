@@ -19,7 +19,7 @@ SOURCE_STEP = 64
 
 
 def has_slots(geometry: Geometry, batch: int) -> bool:
-    """Whether a batch is generated over slots; an encoder, larger batches and layers with a state of another kind not."""
+    """Whether a batch is generated over slots: not by encoders, in larger batches, or with layers of another state."""
     return geometry.kind != "encoder" and batch <= MOST_SLOTS and len(geometry.windows) == geometry.layers
 
 
@@ -36,7 +36,7 @@ def capacity(tokens: int) -> int:
 
 
 def slot_bytes(geometry: Geometry, context: int, batch: int, kv_dtype: str = "16bit") -> int:
-    """Bytes of the slots of `batch` sequences of `context` tokens, and of an encoder's side of them where there is one."""
+    """Bytes of the slots of `batch` sequences of `context` tokens, with an encoder's side of them if there is one."""
     per_token = 2 * geometry.values_per_token
     if kv_dtype != "16bit":
         per_token = geometry.values_per_token + 4 * geometry.vectors_per_token
