@@ -1,7 +1,7 @@
 """Other packages' quantized products, by name: each makes one from a bfloat16 weight, or raises where it cannot.
 
 A maker takes a weight [N, K] and gives the product, x [M, K] to [M, N], and the bytes it holds. None of these
-packages is needed; they are looked up by name when asked for.
+packages is needed; they are looked up by name when asked for. "tinygemm int4" is the product that PyTorch itself has.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PEERS"]
+__all__ = ["PEERS", "UNCAPTURED"]
 
 GROUP = 64
+# Tiles along K that the layout of `_weight_int4pack_mm` holds side by side.
+INNER_TILES = 8
 Peer = tuple[Callable[[Tensor], Tensor], int]
 
 
@@ -34,23 +36,40 @@ def bitsandbytes_8bit(weight: Tensor) -> Peer:
     return module, N * K + 4 * N
 
 
+def tinygemm_4bit(weight: Tensor) -> Peer:
+    codes, scales, low = grouped_codes(weight)
+    N, K = weight.shape
+    # A value is (code - 8) * scale + offset.
+    offsets = low + 8 * scales
+    scales_and_offsets = torch.stack((scales, offsets), -1).view(N, K // GROUP, 2).transpose(0, 1).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], INNER_TILES)
+    rounded = scales_and_offsets.to(weight.dtype)
+
+    def product(x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, rounded)
+        return y
+
+    return product, packed.nbytes + rounded.nbytes
+
+
 def torchao_4bit(weight: Tensor) -> Peer:
     package = import_module("torchao.quantization")
     N, K = weight.shape
     module = nn.Linear(K, N, bias=False, dtype=weight.dtype, device=weight.device)
     module.weight.data.copy_(weight)
-    package.quantize_(module, package.Int4WeightOnlyConfig(group_size=GROUP))
+    # The only packing that needs no further package.
+    config = package.Int4WeightOnlyConfig(
+        group_size=GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
+    )
+    package.quantize_(module, config)
     return module, N * K // 2 + 4 * (N * K // GROUP)
 
 
 def gemlite_4bit(weight: Tensor) -> Peer:
     package: Any = import_module("gemlite.core")
     N, K = weight.shape
-    groups = weight.float().view(-1, GROUP)
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    scales = (high - low) / 15
+    codes, scales, low = grouped_codes(weight)
     zeros = -low / scales
-    codes = (groups / scales + zeros).round().clamp(0, 15).to(torch.uint8).view(N, K)
     module = package.GemLiteLinearTriton(
         4,
         group_size=GROUP,
@@ -64,9 +83,21 @@ def gemlite_4bit(weight: Tensor) -> Peer:
     return module, N * K // 2 + 4 * (N * K // GROUP)
 
 
+def grouped_codes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Even steps from the least to the largest of each group: codes uint8 [N, K], scales and least values [G, 1]."""
+    groups = weight.float().view(-1, GROUP)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scales = (high - low) / 15
+    codes = ((groups - low) / scales).round().clamp(0, 15).to(torch.uint8).view(weight.shape)
+    return codes, scales, low
+
+
 PEERS: Final[dict[str, Callable[[Tensor], Peer]]] = {
     "bitsandbytes nf4": bitsandbytes_4bit,
     "bitsandbytes int8, outliers": bitsandbytes_8bit,
+    "tinygemm int4": tinygemm_4bit,
     "torchao int4": torchao_4bit,
     "gemlite int4": gemlite_4bit,
 }
+# Waits for the host to see which columns are outliers; a broken capture would be felt by what comes after.
+UNCAPTURED: Final = frozenset({"bitsandbytes int8, outliers"})

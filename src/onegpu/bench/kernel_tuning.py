@@ -19,7 +19,9 @@ from typing import Any, Final
 
 import torch
 
-from onegpu.bench.kernels import CALLS, MODELS, ROTATION, Ceilings, call_times, copies_of, random_layers
+from onegpu.bench.kernel_chain import random_layers
+from onegpu.bench.kernel_time import CALLS, Ceilings, call_times, copies_of
+from onegpu.bench.kernels import MODELS, ROTATION
 from onegpu.formats import blockwise, tiling
 from onegpu.kernels import quantize_4bit
 from onegpu.kernels.gemv_4bit import constants, gemv_4bit, gemv_4bit_kernel, processors

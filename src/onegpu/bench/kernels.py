@@ -1,9 +1,7 @@
 """The operators measured: time of a call, as a share of what the device can read and multiply.
 
-    ceilings    read bandwidth and the speed of a large bfloat16 product, measured first
-    weights     rotated over at least `ROTATION` bytes, so that none is in L2; CUDA-graph replay, one call after another
+    weights     rotated over at least `ROTATION` bytes, so that none is in L2 (`kernel_time` says how times are taken)
     roofline    max(bytes / read bandwidth, operations / product speed); bytes are those of the weight as stored, x, y
-    chain       a decode step's products, 32 layers in one graph, each reading the one before
 
 Contenders are made from one weight and measured in turn at each number of rows; a contender that fails is a row with
 the reason. A call that cannot be captured is timed as it is, and the row says so.
@@ -12,31 +10,43 @@ the reason. A call that cannot be captured is timed as it is, and the row says s
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from onegpu.bench.kernel_peers import PEERS
+from onegpu.bench.kernel_peers import PEERS, UNCAPTURED
+from onegpu.bench.kernel_time import (
+    Ceilings,
+    call_times,
+    copies_of,
+    first_line,
+    measure_ceilings,
+    median_time,
+    normals,
+    warm_up,
+)
 from onegpu.errors import ConfigError
 from onegpu.formats import tiling
-from onegpu.kernels import linear_4bit, linear_8bit, quantize_4bit, quantize_8bit_rows
+from onegpu.kernels import linear_4bit, linear_8bit, linear_16bit, quantize_4bit, quantize_8bit_rows
 
 __all__ = [
+    "BASELINE",
     "MODELS",
+    "OURS",
     "ROTATION",
     "Ceilings",
     "Row",
+    "call_times",
     "compare_kernels",
+    "copies_of",
     "measure_ceilings",
-    "measure_chain",
     "parse_rows",
     "parse_shapes",
-    "table",
 ]
 
 # Rows and columns of the products of one layer; q, k, v and gate, up are joined.
@@ -47,21 +57,12 @@ MODELS: Final = {
     "mixtral": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
 }
 ROTATION: Final = 800_000_000
-CALLS: Final = 24
-LAYERS: Final = 32
+# Seconds that another package may take for one shape, and for a first call, which may compile or tune.
+PEER_SECONDS: Final = 12.0
+PEER_PATIENCE: Final = 8.0
+# Relative error that no right product of 4-bit weights comes near; a time of another is not given.
+WRONG: Final = 0.3
 Product = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """Of this device: bytes read per second; operations per second of a bfloat16 product of 8192 cubed."""
-
-    read_bandwidth: float
-    flops: float
-
-    def seconds(self, num_bytes: float, operations: float) -> float:
-        """The least time that reading and multiplying take, each alone."""
-        return max(num_bytes / self.read_bandwidth, operations / self.flops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One contender for one weight: calls on copies that lie apart, and the bytes of one copy."""
+    """One contender for one weight: calls on copies that lie apart, and the bytes of one copy.
+
+    `seconds`: how long all numbers of rows may take, and `patience` one first call; None for as long as they do.
+    """
 
     products: list[Product]
     num_bytes: int
+    capture: bool = True
+    seconds: float | None = None
+    patience: float | None = None
 
 
 Maker = Callable[[Tensor, int], Prepared]
@@ -119,78 +126,22 @@ def parse_rows(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """Read 2 GiB, and multiply 8192 x 8192 x 8192 in bfloat16; the best of several."""
-    from onegpu.kernels.ceiling import BLOCK, read_once
-
-    source = torch.zeros(2**29, dtype=torch.int32, device=device)
-    out = torch.empty(source.numel() // BLOCK, dtype=torch.int32, device=device)
-    bandwidth = source.nbytes / (min(call_times([partial(read_once, source, out)] * 4)) / 1e6)
-    a, b = (torch.randn(8192, 8192, device=device).to(torch.bfloat16) for _ in range(2))
-    flops = 2 * 8192**3 / (min(call_times([partial(torch.mm, a, b)] * 4)) / 1e6)
-    return Ceilings(bandwidth, flops)
-
-
-def call_times(calls: Sequence[Callable[[], Any]], rounds: int = 7) -> list[float]:
-    """Microseconds of one call in each of several replays of all calls, captured in a graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return timed(graph.replay, len(calls), rounds)
-
-
-def timed(run: Callable[[], Any], count: int, rounds: int) -> list[float]:
-    run()
-    run()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / count)
-    return times
-
-
-def median_time(products: Sequence[Product], x: Tensor) -> tuple[float, str]:
-    """Median microseconds of a call, products in turn; and a note if they could not be captured."""
-    count = max(CALLS, len(products))
-    calls = [partial(products[i % len(products)], x) for i in range(count)]
-    try:
-        return statistics.median(call_times(calls)), ""
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        reason = first_line(error)
-
-    def all_calls() -> None:
-        for call in calls:
-            call()
-
-    return statistics.median(timed(all_calls, count, 3)), f"not captured: {reason}"
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:160]
-
-
-def copies_of(tensors: Sequence[Tensor], rotation: int) -> list[tuple[Tensor, ...]]:
-    """Copies of a weight's tensors that take `rotation` bytes or more together."""
-    size = sum(tensor.nbytes for tensor in tensors)
-    return [tuple(tensor.clone() for tensor in tensors) for _ in range(max(2, math.ceil(rotation / size)))]
-
-
 def torch_product(weight: Tensor, x: Tensor) -> Tensor:
     return torch.mm(x, weight.t())
 
 
-def make_bf16(weight: Tensor, rotation: int) -> Prepared:
-    copies = copies_of([weight], rotation)
-    return Prepared([partial(torch_product, w) for (w,) in copies], weight.nbytes)
+def our_product(weight: Tensor, x: Tensor) -> Tensor:
+    return linear_16bit(x, weight)
+
+
+def make_16bit(multiply: Callable[[Tensor, Tensor], Tensor]) -> Maker:
+    """A product with the weight as it is."""
+
+    def make(weight: Tensor, rotation: int) -> Prepared:
+        copies = copies_of([weight], rotation)
+        return Prepared([partial(multiply, w) for (w,) in copies], weight.nbytes)
+
+    return make
 
 
 def make_4bit(quant_type: str, tiled: bool, nested: bool) -> Maker:
@@ -232,6 +183,7 @@ def make_8bit(threshold: float) -> Maker:
     return make
 
 
+# In tile order as optimized models have them, in rows as they are loaded.
 OURS: Final[dict[str, Maker]] = {
     "onegpu nf4, tiled": make_4bit("nf4", tiled=True, nested=False),
     "onegpu nf4+double, tiled": make_4bit("nf4", tiled=True, nested=True),
@@ -239,36 +191,38 @@ OURS: Final[dict[str, Maker]] = {
     "onegpu nf4": make_4bit("nf4", tiled=False, nested=False),
     "onegpu int8": make_8bit(0.0),
     "onegpu int8, outliers": make_8bit(6.0),
+    "onegpu bf16": make_16bit(our_product),
 }
 BASELINE: Final = "bf16 cuBLAS"
 
 
-def makers(peers: bool) -> dict[str, Maker]:
-    """The baseline first, so that the others can be held against it."""
-    theirs: dict[str, Maker] = {}
-    for name, make in PEERS.items() if peers else ():
-        theirs[name] = wrap_peer(make)
-    return {BASELINE: make_bf16} | OURS | theirs
+def makers(peers: bool) -> list[dict[str, Maker]]:
+    """The baseline first, so that the others can be held against it; then other packages, for what they may break."""
+    found = [{BASELINE: make_16bit(torch_product)} | OURS]
+    if peers:
+        found.append({name: wrap_peer(make, name not in UNCAPTURED) for name, make in PEERS.items()})
+    return found
 
 
-def wrap_peer(make: Callable[[Tensor], tuple[Product, int]]) -> Maker:
+def wrap_peer(make: Callable[[Tensor], tuple[Product, int]], capture: bool) -> Maker:
     def prepared(weight: Tensor, rotation: int) -> Prepared:
         product, size = make(weight)
         count = max(2, math.ceil(rotation / size))
-        return Prepared([product, *(make(weight)[0] for _ in range(count - 1))], size)
+        products = [product, *(make(weight)[0] for _ in range(count - 1))]
+        return Prepared(products, size, capture, PEER_SECONDS, PEER_PATIENCE)
 
     return prepared
 
 
 def activations(M: int, K: int, device: torch.device) -> Tensor:
     """bfloat16 [M, K], normal, with a few columns of outliers."""
-    x = torch.randn(M, K, generator=torch.Generator(device).manual_seed(M), device=device)
+    x = normals(M, K, device, seed=M)
     x[:, 5::1024] *= 20
     return x.to(torch.bfloat16)
 
 
 def compare_kernels(
-    shapes: dict[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, int]],
     rows: Sequence[int],
     ceilings: Ceilings,
     device: torch.device,
@@ -277,39 +231,69 @@ def compare_kernels(
     rotation: int = ROTATION,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
-    """Every contender at every shape and number of rows; each is made once for a shape."""
-    for shape, (N, K) in shapes.items():
-        weight = torch.randn(N, K, generator=torch.Generator(device).manual_seed(0), device=device)
-        weight = (weight / math.sqrt(K)).to(torch.bfloat16)
-        base: dict[int, float] = {}
-        for operator, make in makers(peers).items():
-            progress(f"{shape}: {operator}")
-            try:
-                prepared = make(weight, rotation)
-            except Exception as error:  # a peer that is absent or fails is a row, not the end
-                yield Row(shape, N, K, 0, operator, None, note=first_line(error))
-                continue
-            for M in rows:
-                yield measure_row(shape, N, K, M, operator, prepared, ceilings, base, device)
-            del prepared
+    """Every contender at every shape and number of rows, ours at all shapes first; each is made once for a shape."""
+    base: dict[str, dict[int, float]] = {shape: {} for shape in shapes}
+    for contenders in makers(peers):
+        for shape, (N, K) in shapes.items():
+            weight = (normals(N, K, device) / math.sqrt(K)).to(torch.bfloat16)
+            inputs = {M: activations(M, K, device) for M in rows}
+            for operator, make in contenders.items():
+                found = list(rows_of(shape, operator, make, weight, inputs, ceilings, base[shape], rotation))
+                progress(f"{shape} {operator}: " + ", ".join(brief(row) for row in found))
+                yield from found
+
+
+def rows_of(
+    shape: str,
+    operator: str,
+    make: Maker,
+    weight: Tensor,
+    inputs: Mapping[int, Tensor],
+    ceilings: Ceilings,
+    base: dict[int, float],
+    rotation: int,
+) -> Iterator[Row]:
+    """One contender at every number of rows; `base` holds the baseline's times by M and takes them."""
+    N, K = weight.shape
+    started = time.monotonic()
+    try:
+        prepared = make(weight, rotation)
+    except Exception as error:  # a peer that is absent or fails is a row, not the end
+        yield Row(shape, N, K, 0, operator, None, note=first_line(error))
+        return
+    if operator in OURS and weight.is_cuda:
+        warm_up([partial(prepared.products[0], x) for x in inputs.values()])
+    for M, x in inputs.items():
+        if prepared.seconds is not None and time.monotonic() - started > prepared.seconds:
+            yield Row(shape, N, K, M, operator, None, note=f"left out after {prepared.seconds:.0f} s")
+            continue
+        yield measure_row(shape, operator, prepared, x, weight, ceilings, base)
+    del prepared
+    if weight.is_cuda:
+        try:
             torch.cuda.empty_cache()
+        except RuntimeError:  # a kernel went wrong: what comes next says so
+            return
 
 
 def measure_row(
     shape: str,
-    N: int,
-    K: int,
-    M: int,
     operator: str,
     prepared: Prepared,
+    x: Tensor,
+    weight: Tensor,
     ceilings: Ceilings,
     base: dict[int, float],
-    device: torch.device,
 ) -> Row:
-    """One row; `base` holds the baseline's times by M and takes them."""
+    """One row of the table."""
+    (M, K), N = x.shape, weight.shape[0]
     try:
         with torch.no_grad():
-            us, note = median_time(prepared.products, activations(M, K, device))
+            plain = torch_product(weight, x).float()
+            error = float((prepared.products[-1](x).float() - plain).norm() / plain.norm())
+            if not error < WRONG:
+                return Row(shape, N, K, M, operator, None, note=f"wrong: relative error {error:.2g}")
+            us, note = median_time(prepared.products, x, capture=prepared.capture, patience=prepared.patience)
     except Exception as error:
         return Row(shape, N, K, M, operator, None, note=first_line(error))
     if operator == BASELINE:
@@ -330,132 +314,9 @@ def measure_row(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Tiled weights of one decoder layer, by the name of the product."""
-
-    weights: dict[str, tuple[Tensor, ...]]
-
-
-def random_layers(shapes: dict[str, tuple[int, int]], nested: bool, count: int, device: torch.device) -> list[Layer]:
-    """Weights of random codes, scaled so that a chain of products neither grows nor vanishes.
-
-    Scales of either sign: NF4's values do not cancel out, and a mean would grow with each product of the chain.
-    """
-    from onegpu.formats.blockwise import quantize_absmax
-
-    layers = []
-    for _ in range(count):
-        weights: dict[str, tuple[Tensor, ...]] = {}
-        for name, (N, K) in shapes.items():
-            codes = torch.randint(0, 256, (tiling.num_tiled_bytes(N, K),), dtype=torch.uint8, device=device)
-            sign = torch.randint(0, 2, (N * K // 64,), device=device) * 2.0 - 1.0
-            absmax = sign * (1.0 + torch.rand(N * K // 64, device=device)) * (1.2 / math.sqrt(K))
-            rest: tuple[Tensor, ...] = ()
-            if nested:
-                absmax, *more = quantize_absmax(absmax)
-                rest = tuple(more)
-            weights[name] = (codes, tiling.tile_scales(absmax, N, K, 64), *rest)
-        layers.append(Layer(weights))
-    return layers
-
-
-def chain_step(layers: Sequence[Layer], shapes: dict[str, tuple[int, int]], overlap: bool, x: Tensor) -> Tensor:
-    """All products, each on the first columns of the one before."""
-    from onegpu.kernels.tiled_ops import linear_4bit_tiled
-
-    for layer in layers:
-        for name, (N, K) in shapes.items():
-            codes, absmax, *rest = layer.weights[name]
-            nested: list[Tensor | None] = [*rest] or [None, None, None]
-            scales = nested[0], nested[1], nested[2]
-            x = linear_4bit_tiled(x[:, :K], codes, absmax, None, N, "nf4", 64, *scales, overlap=overlap)
-    return x
-
-
-def measure_chain(
-    model: str, ceilings: Ceilings, device: torch.device, *, rows: int = 1, layers: int = LAYERS
-) -> list[dict[str, Any]]:
-    """A decode step's products in one graph, with and without overlapping kernels; microseconds of the whole.
-
-    `difference` is that of the last output from the one without overlap, relative; other configurations sum in
-    another order, and 128 bfloat16 roundings in a row carry it on. `repeats` is whether replays give the same bits.
-    """
-    shapes = MODELS[model]
-    results = []
-    for nested in (False, True):
-        built = random_layers(shapes, nested, layers, device)
-        num_bytes = sum(tensor.nbytes for layer in built for weight in layer.weights.values() for tensor in weight)
-        start = torch.randn(rows, shapes["qkv"][1], device=device).to(torch.bfloat16)
-        reference: Tensor | None = None
-        for overlap in (False, True):
-            with torch.no_grad():
-                us, first, repeats = replayed(partial(chain_step, built, shapes, overlap, start))
-            reference = first if reference is None else reference
-            results.append(
-                {
-                    "model": model,
-                    "operator": f"onegpu nf4{'+double' if nested else ''}, tiled",
-                    "M": rows,
-                    "layers": layers,
-                    "overlap": overlap,
-                    "us": us,
-                    "roofline_percent": 100 * num_bytes / ceilings.read_bandwidth / (us / 1e6),
-                    "difference": float((first - reference).norm() / reference.norm()),
-                    "finite": bool(first.isfinite().all()),
-                    "repeats": repeats,
-                }
-            )
-        del built
-        torch.cuda.empty_cache()
-    return results
-
-
-def replayed(step: Callable[[], Tensor]) -> tuple[float, Tensor, bool]:
-    """Median microseconds of a step captured in a graph, its result in float32, and whether replays repeat it."""
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-    us = statistics.median(timed(graph.replay, 1, 9))
-    first = out.float().clone()
-    repeats = True
-    for _ in range(5):
-        out.zero_()
-        graph.replay()
-        repeats &= torch.equal(out.float(), first)
-    return us, first, repeats
-
-
-def table(rows: Sequence[Row], chain: Sequence[dict[str, Any]]) -> str:
-    """Rows and chain as Markdown tables."""
-    lines = ["| shape | M | operator | us | GB/s | TFLOP/s | % of roofline | x bf16 |", "| --- " * 8 + "|"]
-    for row in rows:
-        name = f"{row.shape} {row.N}x{row.K}"
-        if row.us is None:
-            lines.append(f"| {name} | {row.M or '-'} | {row.operator} | failed: {row.note} | | | | |")
-            continue
-        ratio = "" if row.times_bf16 is None else f"{row.times_bf16:.2f}"
-        note = f" ({row.note})" if row.note else ""
-        lines.append(
-            f"| {name} | {row.M} | {row.operator}{note} | {row.us:.2f} | {row.gb_s:.0f} | {row.tflop_s:.1f} "
-            f"| {row.roofline_percent:.0f} | {ratio} |"
-        )
-    if chain:
-        lines += ["", "| chain | overlap | us | us per layer | % of roofline | difference | same bits |"]
-        lines.append("| --- " * 7 + "|")
-    for item in chain:
-        lines.append(
-            f"| {item['model']} {item['operator']} x {item['layers']} | {'yes' if item['overlap'] else 'no'} "
-            f"| {item['us']:.1f} | {item['us'] / item['layers']:.2f} | {item['roofline_percent']:.1f} "
-            f"| {item['difference']:.1e} | {'yes' if item['repeats'] and item['finite'] else 'NO'} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def document(
-    ceilings: Ceilings, rows: Sequence[Row], chain: Sequence[dict[str, Any]], facts: dict[str, Any]
-) -> dict[str, Any]:
-    """All of it, JSON-ready."""
-    return {**facts, "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows], "chain": list(chain)}
+def brief(row: Row) -> str:
+    """A row in a line of progress: rows of x, microseconds, times bf16; or why not."""
+    if row.us is None:
+        return f"{row.M or 'all'}: {row.note}"
+    ratio = "" if row.times_bf16 is None else f" {row.times_bf16:.2f}x"
+    return f"{row.M}: {row.us:.1f} us {row.roofline_percent:.0f}%{ratio}"

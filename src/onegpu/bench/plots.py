@@ -81,7 +81,7 @@ def figure(bars: int | None = None) -> tuple[Any, Any]:
 
 
 def kernel_charts(document: Document) -> Iterator[tuple[str, Any]]:
-    """The roofline chart."""
+    """The roofline chart: our products as discs, other packages' as crosses, plain 16-bit products as squares."""
     import numpy as np
 
     rows = [row for row in document["rows"] if row["us"] and row["gb_s"] and row["tflop_s"]]
@@ -94,10 +94,20 @@ def kernel_charts(document: Document) -> Iterator[tuple[str, Any]]:
     axes.plot(xs, np.minimum(xs * read, peak) / 1e12, color="black", label="what the device can do")
     for operator in dict.fromkeys(row["operator"] for row in rows):
         own = [(x, row["tflop_s"]) for x, row in zip(intensity, rows, strict=True) if row["operator"] == operator]
-        axes.scatter(*zip(*own, strict=True), s=22, label=operator)
+        axes.scatter(*zip(*own, strict=True), **marker(operator), label=operator)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=8)
+    axes.set_title(document.get("device", ""), fontsize=10)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     yield "Roofline", made
+
+
+def marker(operator: str) -> dict[str, Any]:
+    """How the points of an operator look."""
+    if operator.startswith("onegpu"):
+        return {"marker": "o", "s": 22}
+    return (
+        {"marker": "s", "s": 26, "color": "black", "alpha": 0.6} if "cuBLAS" in operator else {"marker": "x", "s": 26}
+    )
 
 
 def generate_charts(document: Document) -> Iterator[tuple[str, Any]]:
@@ -142,6 +152,9 @@ def memory(axes: Any, planned: Sequence[Mapping[str, Any]], measured: Sequence[M
             color=colors.setdefault(row["format"], f"C{len(colors)}"),
             label=f"{row['format']}, batch {row['batch']}, measured",
         )
+    # Each step to the right is twice the context: from a short question to a whole book.
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set(xlabel="context, tokens", ylabel="GiB")
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
