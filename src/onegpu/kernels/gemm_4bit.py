@@ -1,4 +1,4 @@
-# mypy: allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """y = tail(x @ W.T + bias) for a tiled 4-bit W and many rows of x, on Hopper's warpgroup products.
 
 The kernel is `cuda/gemm_4bit.cu`, which says how it works: W is decoded in registers, never in memory, and equals what
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from onegpu.errors import DeviceError
 from onegpu.formats.codebooks import FP4_CODE, NF4_CODE
+from onegpu.formats.tiling import TILE_ROWS
 from onegpu.kernels import nvrtc
 from onegpu.kernels.gemm_4bit_config import ROWS, Config, configure, shared_bytes, stages
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
@@ -34,8 +35,7 @@ THREADS: Final = 384
 CODEBOOKS: Final = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 ACTIVATIONS: Final = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 BIAS_KINDS: Final = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-# Offsets of a row of x are counted in 32 bits.
-MAX_STRIDE: Final = 2**31
+KINDS: Final = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
 
 class Codebook(ctypes.Structure):
@@ -48,15 +48,13 @@ class Problem(ctypes.Structure):
     """One product: the struct of this name in the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "bias", "residual", "y", "partial", "tickets")),
+        *((name, ctypes.c_void_p) for name in ("bias", "residual", "y", "partial", "tickets")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride")),
         *(
             (name, ctypes.c_int)
-            for name in (
-                "x_stride", "M", "N", "K", "scale_shift", "splits", "tiles_each", "bias_kind", "vectors", "overlap",
-            )
+            for name in ("M", "N", "K", "scale_shift", "splits", "tiles_each", "bias_kind", "vectors", "overlap")
         ),
-    )  # fmt: skip
+    )
 
 
 @functools.cache
@@ -191,7 +189,7 @@ def gemm_4bit(
 
     Args:
         y: [M, N], or [M, N / 2] if gated; contiguous, in the dtype of `rows`.
-        rows: [M, K], bfloat16 or float16, M at least 1; elements of a row side by side, rows on 4-byte boundaries.
+        rows: [M, K], bfloat16 or float16, M at least 1; elements of a row side by side, rows on 16-byte boundaries.
         tiled, absmax: `onegpu.formats.tiling`'s codes and scales of W [N, K], contiguous.
         nested: `nested_absmax`, `nested_code`, `nested_offset` where absmax is uint8; the last one for all, or one
             for each row tile.
@@ -222,9 +220,6 @@ def gemm_4bit(
     strides = [tensor.stride(0) * width for tensor in (y, residual) if tensor is not None]
     starts = [tensor.data_ptr() for tensor in (y, residual) if tensor is not None]
     problem = Problem(
-        x=rows.data_ptr(),
-        codes=tiled.data_ptr(),
-        scales=absmax.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
         y=y.data_ptr(),
@@ -232,7 +227,6 @@ def gemm_4bit(
         tickets=None if counters is None else counters.data_ptr(),
         residual_stride=0 if residual is None else residual.stride(0) * width,
         y_stride=y.stride(0) * width,
-        x_stride=rows.stride(0) * width,
         M=M,
         N=N,
         K=K,
@@ -244,6 +238,36 @@ def gemm_4bit(
         overlap=int(overlap),
     )
     function = kernel(config.tokens, blocksize, rows.dtype, gated=gated, activation=activation, device=device)
+    maps = (
+        map_rows(rows, config.tokens),
+        *map_weight(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize),
+    )
+    arguments = (
+        *(int(each.getPtr()) for each in maps),
+        ctypes.addressof(problem),
+        ctypes.addressof(codebook(quant_type)),
+    )
     with on_device_of(rows):
-        grid = min(blocks_n * blocks_m * splits, processors(device))
-        nvrtc.launch(function, grid, (problem, codebook(quant_type)), device, overlap=overlap)
+        nvrtc.launch(
+            function, min(blocks_n * blocks_m * splits, processors(device)), arguments, device, overlap=overlap
+        )
+
+
+def map_rows(rows: Tensor, tokens: int) -> Any:
+    """Boxes of `tokens` rows by 64 columns of x."""
+    M, K = rows.shape
+    pitch = rows.stride(0) * rows.element_size() if M > 1 else K * rows.element_size()
+    return nvrtc.tensor_map(KINDS[rows.dtype], rows.data_ptr(), (K, M), (pitch,), (64, tokens), swizzled=True)
+
+
+def map_weight(tiled: int, absmax: int, row_tiles: int, K: int, blocksize: int) -> tuple[Any, Any]:
+    """Boxes of four row tiles by one tile's codes, four lines of 128 bytes, and by its scales."""
+    columns, blocks = K // 64, K // blocksize
+    codes = nvrtc.tensor_map(
+        "UINT8", tiled, (128, 4 * columns, row_tiles), (128, 512 * columns), (128, 4, 4), swizzled=True
+    )
+    groups = 2 if blocksize == 32 else 1
+    scales = nvrtc.tensor_map(
+        "FLOAT32", absmax, (16, blocks, row_tiles), (64, 64 * blocks), (16, groups, 4), swizzled=False
+    )
+    return codes, scales

@@ -23,7 +23,7 @@ import torch
 from onegpu.config import cache_folder
 from onegpu.errors import DeviceError
 
-__all__ = ["Function", "Source", "compile_source", "launch", "load", "why_not_nvrtc"]
+__all__ = ["Function", "Source", "compile_source", "launch", "load", "tensor_map", "why_not_nvrtc"]
 
 Macros = tuple[tuple[str, str | int], ...]
 FOLDER: Final = "cuda"
@@ -134,6 +134,7 @@ def load(source: Source, architecture: str, threads: int, shared: int, device_in
 
     code = compile_source(source, architecture)
     with torch.cuda.device(device_index):
+        enter_context(device_index)
         module = checked(driver.cuModuleLoadData(code))
         handle = checked(driver.cuModuleGetFunction(module, source.name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -141,14 +142,68 @@ def load(source: Source, architecture: str, threads: int, shared: int, device_in
     return Function(handle, threads, shared)
 
 
+def enter_context(device_index: int) -> None:
+    """Make torch's context current in a thread in which torch has not yet called the device."""
+    from cuda.bindings import driver
+
+    if int(checked(driver.cuCtxGetCurrent())) == 0:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        context = checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(device_index))))
+        checked(driver.cuCtxSetCurrent(context))
+
+
+@functools.lru_cache(maxsize=8192)
+def tensor_map(
+    kind: str,
+    address: int,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    *,
+    swizzled: bool,
+) -> Any:
+    """How the tensor memory accelerator finds a box in a tensor: a CUtensorMap. What is outside is read as zeros.
+
+    Args:
+        kind: of the elements, as in CUtensorMapDataType: "BFLOAT16".
+        address: of the first element, a multiple of 16.
+        sizes: of the tensor, the dimension with elements side by side first.
+        strides: bytes, of all dimensions but the first; multiples of 16.
+        box: elements along each dimension.
+        swizzled: 16-byte pieces of 128-byte rows are exchanged, by the row's last three bits.
+
+    Raises:
+        DeviceError: the driver refuses.
+    """
+    from cuda.bindings import driver
+
+    swizzle = "CU_TENSOR_MAP_SWIZZLE_128B" if swizzled else "CU_TENSOR_MAP_SWIZZLE_NONE"
+    wide, narrow = driver.cuuint64_t, driver.cuuint32_t
+    return checked(
+        driver.cuTensorMapEncodeTiled(
+            getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"),
+            len(sizes),
+            address,
+            [wide(size) for size in sizes],
+            [wide(stride) for stride in strides],
+            [narrow(size) for size in box],
+            [narrow(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            getattr(driver.CUtensorMapSwizzle, swizzle),
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
 def launch(
-    function: Function, grid: int, arguments: Sequence[ctypes.Structure], device: torch.device, *, overlap: bool = False
+    function: Function, grid: int, arguments: Sequence[int], device: torch.device, *, overlap: bool = False
 ) -> None:
     """Start a kernel on the device's current stream, which must be the current device's.
 
     Args:
         grid: how many programs.
-        arguments: the kernel's parameters, passed by value.
+        arguments: addresses of the kernel's parameters, which are copied from there.
         overlap: it may begin before the kernel in front has ended (programmatic dependent launch).
 
     Raises:
@@ -156,6 +211,7 @@ def launch(
     """
     from cuda.bindings import driver
 
+    enter_context(torch.cuda.current_device())
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = function.threads, 1, 1
@@ -166,5 +222,5 @@ def launch(
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], 1
-    pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+    pointers = (ctypes.c_void_p * len(arguments))(*arguments)
     checked(driver.cuLaunchKernelEx(config, function.handle, ctypes.addressof(pointers), 0))

@@ -15,9 +15,10 @@
 // as two float32 in shared memory, in 16 copies so that no two lanes of a half warp meet in a bank; value times
 // scale is rounded once in float32 and once to 16 bit: bit for bit what dequantizing gives.
 //
-// Columns of a tile are in the order of formats/tiling.py, so x must follow: pair (a, t, b, h) of a row's 32 goes to
-// chunk 4 a + 2 b + h of 16 bytes, word t. A copy of 4 bytes by each lane does that on the way to shared memory;
-// chunks are exchanged by the 128-byte swizzle (PTX ISA, "Asynchronous warpgroup matrix layout").
+// x is copied as it lies, so columns must be in natural order: a lane of a quad has columns 8 t to 8 t + 7 of 32, and the
+// left operand wants pair t of each eight. ldmatrix and one shuffle for each word hand them over before they are looked up.
+// All copies are the tensor memory accelerator's; x and codes are swizzled by it (128 bytes), so that neither the tensor
+// cores nor ldmatrix meet in a bank.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -40,17 +41,18 @@ struct Codebook {
     float value[16];
 };
 
+// A CUtensorMap.
+struct alignas(64) Map {
+    u64 words[16];
+};
+
 struct Problem {
-    const char *x;          // [M, K], rows `x_stride` bytes apart
-    const char *codes;      // uint8 [N / 16, K / 64, 512]
-    const char *scales;     // float32 [N / 16, K / blocksize, 16]
     const void *bias;       // [N] of kind `bias_kind`
     const char *residual;   // [M, out], rows `residual_stride` bytes apart
     char *y;                // [M, out], rows `y_stride` bytes apart
     float *partial;         // float32 sums of the splits
     int *tickets;           // [row blocks * token blocks], 0 before and after
     long long residual_stride, y_stride;
-    int x_stride;
     int M, N, K;
     int scale_shift;        // log2(tiles of one scale)
     int splits, tiles_each; // parts of K, and tiles of each
@@ -78,16 +80,19 @@ __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void arrive_when_copied(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void copy4(u32 to, const char *from) {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+__device__ __forceinline__ void copy_2d(u32 to, const Map *map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void copy16(u32 to, const char *from) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+__device__ __forceinline__ void copy_3d(u32 to, const Map *map, int row, int tile, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {0, %2, %3}], [%4];"
+        ::"r"(to), "l"(map), "r"(row), "r"(tile), "r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
@@ -114,32 +119,50 @@ __device__ __forceinline__ void unpack(u32 both, float &low, float &high) {
 #endif
 }
 
-// One byte of a word to two weights: row g for even places of the byte, row g + 8 for odd ones.
-__device__ __forceinline__ u32 weights(u32 word, int place, float scale, u32 table) {
+// One byte of a word, the one `place` has 0x80 in, to two weights.
+__device__ __forceinline__ u32 weights(u32 word, u32 place, float scale, u32 table) {
     u32 address;
     float low, high;
-    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(0x80u << (8 * place)), "r"(table));
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(place), "r"(table));
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(low), "=f"(high) : "r"(address));
     return pack(__fmul_rn(low, scale), __fmul_rn(high, scale));
 }
 
+// What a lane needs to decode, the same for every tile.
+struct Lane {
+    u32 table, codes, scales, place[2], from[2];
+    __device__ __forceinline__ Lane(u32 table, int warp, int lane) : table(table + lane % 16 * 8) {
+        int row = lane % 8, line = 4 * warp + row / 2;
+        codes = line * 128 + (((row % 2 * 4 + lane / 8) ^ (line & 7)) << 4);
+        scales = warp * 64 * GROUPS + lane / 4 * 8;
+        place[0] = 0x80u << (lane % 2 * 16), place[1] = place[0] << 8;
+        from[0] = lane / 4 * 4 + lane % 4 / 2, from[1] = from[0] + 2;
+        // Kept, not computed again in every tile.
+        asm volatile("" : "+r"(codes), "+r"(scales), "+r"(place[0]), "+r"(place[1]), "+r"(from[0]), "+r"(from[1]));
+    }
+};
+
 // This lane's part of 16 rows x 64 columns: four left operands of wgmma.
-__device__ __forceinline__ void decode(u32 (&left)[16], u32 codes, u32 scales, int warp, int lane, u32 table) {
+__device__ __forceinline__ void decode(u32 (&left)[16], u32 codes, u32 scales, const Lane &lane) {
     u32 word[4];
     float scale[2 * GROUPS];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                 : "r"(codes + warp * 512 + lane * 16));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "r"(codes + lane.codes));
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group)
         asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                      : "=f"(scale[2 * group]), "=f"(scale[2 * group + 1])
-                     : "r"(scales + (warp * GROUPS + group) * 64 + lane / 4 * 8));
+                     : "r"(scales + lane.scales + group * 64));
+    // word[t] is word t' of lane t, t' being this lane of the quad; what is wanted of it are the pairs of columns t'.
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int a = 0; a < 2; ++a)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            left[4 * j + i] = weights(word[j], i, scale[(GROUPS == 2 ? j / 2 * 2 : 0) + (i & 1)], table);
+        for (int t = 0; t < 4; ++t) {
+            u32 both = __shfl_sync(0xffffffffu, word[t], lane.from[a]);
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                left[8 * a + 2 * t + r] = weights(both, lane.place[r], scale[(GROUPS == 2 ? 2 * a : 0) + r], lane.table);
+        }
 }
 
 // sums += left @ x.T over 16 columns; keep is 0 for the first product of a tile of y.
@@ -190,52 +213,24 @@ struct Place {
     }
 };
 
-__device__ __forceinline__ void copy_tiles(const Problem &p, u32 x_stages, u32 code_stages, u32 scale_stages, u32 full,
-                                           u32 empty, int works, int token_blocks) {
-    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    int columns = p.K / 64, row_tiles = (p.N + 15) / 16;
-    int blocks = GROUPS == 2 ? 2 * columns : columns >> p.scale_shift;
-    // Natural word of a row: column pair 32 a + 8 t + 4 b + 2 h.
-    int chunk = (lane >> 4) * 4 + (lane >> 1 & 1) * 2 + (lane & 1), word = lane >> 2 & 3;
-    u32 place[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) place[i] = (warp * (TOKENS / 4) + i) * 128 + ((chunk ^ i) << 4) + word * 4;
+__device__ __forceinline__ void copy_tiles(const Problem &p, const Map *x, const Map *codes, const Map *scales,
+                                           u32 x_stages, u32 code_stages, u32 scale_stages, u32 full, u32 empty,
+                                           int works, int token_blocks) {
     int stage = 0, parity = 1;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
-        const char *codes[CONSUMERS], *scales = p.scales;
-#pragma unroll
-        for (int c = 0; c < CONSUMERS; ++c) {
-            int row = at.first_row + (GATED ? c * (p.N / 2) : c * ROWS) + warp * 16;
-            codes[c] = p.codes + ((long long)min(row / 16, row_tiles - 1) * columns + at.first_tile) * 512 + lane * 16;
-        }
-        if (thread < CONSUMERS * 16 * GROUPS) {
-            int c = thread / (16 * GROUPS), tile = thread / (4 * GROUPS) % 4;
-            int row = at.first_row + (GATED ? c * (p.N / 2) : c * ROWS) + tile * 16;
-            scales += (long long)min(row / 16, row_tiles - 1) * blocks * 64 + thread % (4 * GROUPS) * 16;
-        }
-        const char *x = p.x + (long long)at.first_tile * 128 + lane * 4;
-        int first = at.first_token + warp * (TOKENS / 4);
-        for (int k = 0; k < at.tiles; ++k) {
+        int first = at.first_row / 16, second = (GATED ? at.first_row + p.N / 2 : at.first_row + ROWS) / 16;
+        for (int column = at.first_tile; column < at.first_tile + at.tiles; ++column) {
+            u32 done = full + stage * 8;
+            u32 code_stage = code_stages + stage * CODE_BYTES, scale_stage = scale_stages + stage * SCALE_BYTES;
+            int block = GROUPS == 2 ? 2 * column : column >> p.scale_shift;
             wait_barrier(empty + stage * 8, parity);
-#pragma unroll
-            for (int c = 0; c < CONSUMERS; ++c) {
-                copy16(code_stages + stage * CODE_BYTES + (c * 4 + warp) * 512 + lane * 16, codes[c]);
-                codes[c] += 512;
-            }
-            if (thread < CONSUMERS * 16 * GROUPS) {
-                int block = GROUPS == 2 ? 2 * (at.first_tile + k) : (at.first_tile + k) >> p.scale_shift;
-                copy16(scale_stages + stage * SCALE_BYTES + thread * 16, scales + (long long)block * 64);
-            }
-#pragma unroll 1
-            for (int i = 0; i < TOKENS / 4; i += 8) {
-                u32 to = x_stages + stage * X_BYTES + i * 128;
-#pragma unroll
-                for (int j = 0; j < 8; ++j)
-                    copy4(to + place[j], x + (long long)min(first + i + j, p.M - 1) * p.x_stride);
-            }
-            x += 128;
-            arrive_when_copied(full + stage * 8);
+            expect(done, X_BYTES + CODE_BYTES + SCALE_BYTES);
+            copy_3d(code_stage, codes, 4 * column, first, done);
+            copy_3d(code_stage + CODE_BYTES / 2, codes, 4 * column, second, done);
+            copy_3d(scale_stage, scales, block, first, done);
+            copy_3d(scale_stage + SCALE_BYTES / 2, scales, block, second, done);
+            copy_2d(x_stages + stage * X_BYTES, x, 64 * column, at.first_token, done);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
     }
@@ -361,7 +356,7 @@ __device__ __forceinline__ void finish(const Problem &p, const Place &at, float 
 // Products of one tile with the operands in `left`, the next tile decoded into `next` meanwhile.
 __device__ __forceinline__ void step(float (&sum)[TOKENS / 2], u32 (&left)[16], u32 (&next)[16], bool is_first,
                                      bool has_next, u32 x_stages, u32 codes, u32 scales, u32 full, u32 empty,
-                                     int &stage, int &parity, int warp, int lane, u32 table) {
+                                     int &stage, int &parity, const Lane &lane) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     u64 right = describe(x_stages + stage * X_BYTES);
 #pragma unroll
@@ -371,18 +366,18 @@ __device__ __forceinline__ void step(float (&sum)[TOKENS / 2], u32 (&left)[16], 
     if (++stage == STAGES) stage = 0, parity ^= 1;
     if (has_next) {
         wait_barrier(full + stage * 8, parity);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        decode(next, codes + stage * CODE_BYTES, scales + stage * SCALE_BYTES, warp, lane, table);
+        decode(next, codes + stage * CODE_BYTES, scales + stage * SCALE_BYTES, lane);
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     // The tensor cores read these up to here, which the compiler does not see.
 #pragma unroll
     for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(left[i]));
-    if (lane == 0) arrive(done);
+    if (threadIdx.x % 32 == 0) arrive(done);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-gemm_4bit(const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
+gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __grid_constant__ Map absmax,
+          const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
     extern __shared__ char memory[];
     char *base = memory + (1024 - (shared_address(memory) & 1023)) % 1024;
     u32 x_stages = shared_address(base);
@@ -399,11 +394,14 @@ gemm_4bit(const __grid_constant__ Problem p, const __grid_constant__ Codebook co
     int works = token_blocks * ((out + width - 1) / width) * p.splits;
 
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == 0)
+    if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            init_barrier(full + i * 8, WARPGROUP);
+            init_barrier(full + i * 8, 1);
             init_barrier(empty + i * 8, CONSUMERS * 4);
         }
+        // The copies arrive there from outside of what threads see.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
     // Eight lanes write the 16 copies of an entry.
     for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
         int entry = i / 8;
@@ -414,28 +412,27 @@ gemm_4bit(const __grid_constant__ Problem p, const __grid_constant__ Codebook co
     __syncthreads();
 
     if (threadIdx.x < WARPGROUP) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        copy_tiles(p, x_stages, code_stages, scale_stages, full, empty, works, token_blocks);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 0)
+            copy_tiles(p, &x, &w, &absmax, x_stages, code_stages, scale_stages, full, empty, works, token_blocks);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-    int consumer = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    u32 codes = code_stages + consumer * 2048, scales = scale_stages + consumer * 256 * GROUPS;
-    u32 lookup = shared_address(table) + lane % 16 * 8;
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    int consumer = threadIdx.x / WARPGROUP - 1;
+    u32 codes = code_stages + consumer * (CODE_BYTES / 2), scales = scale_stages + consumer * (SCALE_BYTES / 2);
+    Lane lane(shared_address(table), threadIdx.x / 32 % 4, threadIdx.x % 32);
     int stage = 0, parity = 0;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
         float sum[TOKENS / 2];
         u32 one[16], two[16];
         wait_barrier(full + stage * 8, parity);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        decode(one, codes + stage * CODE_BYTES, scales + stage * SCALE_BYTES, warp, lane, lookup);
+        decode(one, codes + stage * CODE_BYTES, scales + stage * SCALE_BYTES, lane);
         for (int k = 0; k < at.tiles; k += 2) {
-            step(sum, one, two, k == 0, k + 1 < at.tiles, x_stages, codes, scales, full, empty, stage, parity, warp,
-                 lane, lookup);
+            step(sum, one, two, k == 0, k + 1 < at.tiles, x_stages, codes, scales, full, empty, stage, parity, lane);
             if (k + 1 < at.tiles)
                 step(sum, two, one, false, k + 2 < at.tiles, x_stages, codes, scales, full, empty, stage, parity,
-                     warp, lane, lookup);
+                     lane);
         }
         if (add_parts(p, at, sum, shared)) finish(p, at, sum, staging, handed);
     }
