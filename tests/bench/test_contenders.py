@@ -59,8 +59,9 @@ def test_a_list_keeps_its_order_and_each_label_once() -> None:
 
 def test_a_missing_rival_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match="bitsandbytes is not installed"):
+    with pytest.raises(UnsupportedError, match="bitsandbytes is not installed") as caught:
         parse_contender("bitsandbytes:nf4").load(str(tiny), device_map="cpu")
+    assert caught.value.hint == "leave --peers out"
 
 
 @pytest.mark.parametrize(

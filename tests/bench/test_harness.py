@@ -55,8 +55,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_without_lm_eval_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match="lm-eval is not installed"):
+    with pytest.raises(UnsupportedError, match="lm-eval is not installed") as caught:
         register()
+    assert caught.value.hint == "pip install lm_eval"
 
 
 def test_it_is_registered_once(stand_in: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from bench_results import GENERATE, RESULTS, TITLES
 from onegpu.bench import html_report, plots
-from onegpu.bench.html_report import markdown_tables, memory_curve, pasteable, write
+from onegpu.bench.html_report import fact, markdown_tables, memory_curve, pasteable, with_memory, write
 from onegpu.errors import SaveError
 from tiny_checkpoint import save_tiny
 
@@ -96,12 +96,32 @@ def test_the_memory_curve_is_the_plan(tmp_path: Path) -> None:
 
     folder = save_tiny(tmp_path / "model", max_position_embeddings=2048)
     rows = memory_curve(str(folder), ["nf4", "bitsandbytes:nf4"])
-    assert [row["context"] for row in rows] == [512, 1024, 2048]
+    assert [row["context"] for row in rows] == [256, 512, 1024, 2048]
     assert {row["format"] for row in rows} == {"nf4"}
-    assert rows[1]["bytes"] == fit(str(folder), context=1024).row("nf4").total_bytes
+    assert rows[2]["bytes"] == fit(str(folder), context=1024).row("nf4").total_bytes
     assert memory_curve("no/such-model", ["nf4"]) == []
 
 
 def test_every_kind_is_drawn_by_the_page() -> None:
     assert set(RESULTS) == {"kernels", "generate", "encode", "load"}
-    assert html_report.CONTEXTS[0] == 512
+    assert html_report.CONTEXTS[0] == 256
+
+
+def test_a_known_shape_of_random_weights_has_its_planned_memory(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    random = {**GENERATE, "model": "llama-3.2-1b", "random": True, "memory": []}
+    assert write(tmp_path / "report.html", "generate", random, TABLES) is None
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "nf4, planned" in text
+    unknown = with_memory("generate", random | {"model": "my-folder"})
+    assert unknown["memory"] == []
+    sizes = [row["bytes"] for row in with_memory("generate", random)["memory"] if row["format"] == "nf4"]
+    assert sizes == sorted(sizes)
+    assert 2**30 < sizes[0] < 2**31 < sizes[-1]
+
+
+def test_what_was_measured_of_the_device_has_units() -> None:
+    assert fact("read_bandwidth", 3144119085279.8535) == "3144 GB/s"
+    assert fact("matmul_flops", 766053779803783.5) == "766.1 TFLOP/s"
+    assert fact("read_bandwidth", None) == "none"
+    assert fact("threads", 16) == "16"

@@ -69,8 +69,9 @@ def test_what_was_not_measured_is_left_out() -> None:
 
 @pytest.mark.parametrize("document", [{}, {"rows": []}, {"rows": [{"perplexity": 1}]}])
 def test_another_document_is_refused(document: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="this is no result of `onegpu bench`"):
+    with pytest.raises(ConfigError, match="this is no result of `onegpu bench`") as caught:
         plots.kind_of(document)
+    assert caught.value.hint == "save one with --json"
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +106,7 @@ def test_files_of_saved_results(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match=r"a\.json is not JSON: Expecting"):
         plots.main([str(tmp_path / "a.json")])
     with pytest.raises(NotFoundError, match="can't read"):
         plots.main([str(tmp_path / "b.json")])

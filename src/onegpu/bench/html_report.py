@@ -6,8 +6,10 @@ The file stands alone: plots are inline SVG, nothing is fetched, no script runs 
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from onegpu.bench import plots
@@ -15,11 +17,11 @@ from onegpu.errors import OneGpuError, SaveError, UnsupportedError
 
 __all__ = ["memory_curve", "pasteable", "render", "write"]
 
-CONTEXTS = tuple(1 << power for power in range(9, 18))
+CONTEXTS = tuple(1 << power for power in range(8, 18))
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
        color: #1c1e21; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-size: 14px; }
 th, td { border: 1px solid #ccd0d5; padding: .3rem .6rem; text-align: left; white-space: nowrap; }
 th { background: #f0f2f5; }
 svg { max-width: 100%; height: auto; }
@@ -41,7 +43,7 @@ def write(path: Path, kind: str, document: Mapping[str, Any], tables: str) -> st
     Raises:
         SaveError: the file cannot be written.
     """
-    figures, note = drawn(kind, document)
+    figures, note = drawn(kind, with_memory(kind, document))
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(render(kind, document, tables, figures, note), encoding="utf-8")
@@ -97,7 +99,16 @@ def facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
             flat |= value
         elif not isinstance(value, (Mapping, list, tuple)):
             flat[key] = value
-    return [(key, "none" if value is None else str(value)) for key, value in flat.items()]
+    return [(key, fact(key, value)) for key, value in flat.items()]
+
+
+def fact(name: str, value: object) -> str:
+    """One value as text, what was measured of the device in the units people know."""
+    if isinstance(value, float) and name.endswith("bandwidth"):
+        return f"{value / 1e9:.0f} GB/s"
+    if isinstance(value, float) and name.endswith("flops"):
+        return f"{value / 1e12:.1f} TFLOP/s"
+    return "none" if value is None else str(value)
 
 
 def markdown_tables(text: str) -> Iterator[list[list[str]]]:
@@ -121,6 +132,19 @@ def table_of(rows: list[list[str]]) -> str:
 
     head = line(rows[0], "th") if any(rows[0]) else ""
     return f"<table>{head}{''.join(line(cells, 'td') for cells in rows[1:])}</table>"
+
+
+def with_memory(kind: str, document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A document with the planned memory of a known shape of random weights; any other as it is."""
+    from onegpu.memory.shapes import SHAPES
+
+    shape = SHAPES.get(str(document.get("model"))) if kind == "generate" and document.get("random") else None
+    if shape is None or document.get("memory"):
+        return document
+    formats = list(dict.fromkeys(row["format"] for row in document["rows"]))
+    with TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(dict(shape)), encoding="utf-8")
+        return {**document, "memory": memory_curve(folder, formats)}
 
 
 def memory_curve(model: str, formats: list[str]) -> list[dict[str, Any]]:
