@@ -14,6 +14,7 @@ from onegpu.decoder.cache import LayerShape
 from onegpu.decoder.step import StepForward
 from onegpu.decoder.views import Segment
 from onegpu.decoder.workspace import Prefill
+from onegpu.nn.definition import by_definition
 
 __all__ = ["Trial", "layer_shapes", "make_trial", "why_not_equal"]
 
@@ -23,14 +24,20 @@ TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 ROUNDOFFS = 6
 # Where a rounding can send a token to another expert, or into int8's other columns, directions are compared.
 LOOSE_COSINE = 0.98
-LENGTHS = (5, 1, 9)
+# Of the prompts: the first two and half of the last one go through the layers as one row.
+LENGTHS = (5, 1, 8)
+# On a GPU, where a row of a user's prompt takes other kernels than a few tokens: both rows have 128.
+GPU_LENGTHS = (15, 1, 240)
+FEW_POSITIONS = 1024
 STEPS = 3
-CAPACITY = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Prompts, the tokens fed after them, and the plain model's logits [rows, 1 + STEPS, V]."""
+    """Prompts, the tokens fed after them, and the plain model's logits [rows, 1 + STEPS, V].
+
+    `capacity` is the size of a slot that has room for each.
+    """
 
     prompts: list[Tensor]
     fed: Tensor
@@ -40,6 +47,11 @@ class Trial:
     layers: int
 
     @property
+    def capacity(self) -> int:
+        """See above; whole tiles of keys."""
+        return -(-(max(prompt.shape[0] for prompt in self.prompts) + STEPS) // 16) * 16
+
+    @property
     def tolerance(self) -> float:
         """Of the largest logit."""
         if self.dtype not in (torch.float16, torch.bfloat16):
@@ -47,9 +59,9 @@ class Trial:
         grown = ROUNDOFFS * torch.finfo(self.dtype).eps / 2 * (2 * self.layers + 1) ** 0.5
         return float(max(TOLERANCE[self.dtype], grown))
 
-    def why_not(self, got: Tensor) -> str | None:
+    def why_not(self, got: Tensor, want: Tensor | None = None) -> str | None:
         """None where logits are the plain model's, else how they differ; what is no number must be none in both."""
-        want = self.logits
+        want = self.logits if want is None else want
         if got.shape != want.shape:
             return f"its logits are {list(got.shape)}, the plain model's {list(want.shape)}"
         if bool(want.isnan().any()):
@@ -68,22 +80,30 @@ class Trial:
         return f"its logits differ from the plain model's by {difference:.2g}, where {allowed} is allowed"
 
 
-def plain_logits(model: nn.Module, prompt: Tensor, fed: Tensor) -> tuple[Tensor, Any]:
-    """Logits [1 + STEPS, V] after one prompt and each of the tokens behind it, and Transformers' own cache of them."""
-    cache: Any = DynamicCache(config=model.config)
-    tokens = torch.cat([prompt, fed])[None]
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
-    return output.logits[0, -1 - STEPS :].float(), cache
+def prompt_lengths(model: nn.Module, device: torch.device) -> tuple[int, ...]:
+    """How long the prompts of a trial are: short on a CPU, and where a model has few positions."""
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    few = isinstance(positions, int) and positions < FEW_POSITIONS
+    return LENGTHS if few or device.type != "cuda" else GPU_LENGTHS
 
 
 def make_trial(model: nn.Module, vocab_size: int, device: torch.device) -> tuple[Trial, Cache]:
-    """Random prompts with the plain model's answers, and a cache to read the layers' shapes from."""
+    """Random prompts with the plain model's answers, and a cache to read the layers' shapes from.
+
+    The plain model runs once, over rows of one length: what comes after a token changes nothing of its logits, and
+    where it does, no way is proved.
+    """
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, vocab_size, (n,), generator=generator).to(device) for n in LENGTHS]
-    fed = torch.randint(0, vocab_size, (len(LENGTHS), STEPS), generator=generator).to(device)
-    found = [plain_logits(model, prompt, row) for prompt, row in zip(prompts, fed, strict=True)]
-    logits = torch.stack([logits for logits, _ in found])
-    cache = found[0][1]
+    lengths = prompt_lengths(model, device)
+    width = max(lengths) + STEPS
+    tokens = torch.randint(0, vocab_size, (len(lengths), width), generator=generator).to(device)
+    cache: Any = DynamicCache(config=model.config)
+    with by_definition(model):
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
+    logits = torch.stack([row[n - 1 : n + STEPS] for row, n in zip(output.logits, lengths, strict=True)]).float()
+    prompts = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+    fed = torch.stack([row[n : n + STEPS] for row, n in zip(tokens, lengths, strict=True)])
     return Trial(prompts, fed, logits, dtype_of(model), is_loose(model), len(cache.layers)), cache
 
 
@@ -114,38 +134,46 @@ def layer_shapes(cache: Cache) -> list[LayerShape] | str:
     return shapes or "it has no cache of keys and values"
 
 
-def why_not_equal(trial: Trial, prefill: Prefill, step: StepForward, chunks: bool) -> str | None:
-    """Run the trial through prompts and steps; None where every logit agrees, else the sentence why not."""
+def why_not_equal(
+    trial: Trial, prefill: Prefill, step: StepForward, chunks: bool, rows: int | None = None
+) -> str | None:
+    """Run the trial through prompts and steps; None where every logit agrees, else the sentence why not.
+
+    `chunks`: the last prompt is cut in two. `rows`: how many sequences the steps go on with, by default all.
+    """
+    rows = len(trial.prompts) if rows is None else rows
     try:
-        got = engine_logits(trial, prefill, step, chunks)
+        first = prompt_logits(trial, prefill, chunks)
+        steps = step_logits(trial, step, rows)
     except Exception as error:
         message = str(error).splitlines()[0] if str(error) else ""
         return f"it failed: {type(error).__name__}: {message}"
-    return trial.why_not(got)
+    return trial.why_not(first, trial.logits[:, 0]) or trial.why_not(steps, trial.logits[:rows, 1:])
 
 
-def engine_logits(trial: Trial, prefill: Prefill, step: StepForward, chunks: bool) -> Tensor:
-    """Logits [rows, 1 + STEPS, V]: all prompts but the last in one row, the last in two chunks where that is known."""
+def prompt_logits(trial: Trial, prefill: Prefill, chunks: bool) -> Tensor:
+    """Logits [rows, V] after the prompts: all in one row, or half of the last one in a row of its own."""
     *joined, last = range(len(trial.prompts))
-    cut = trial.prompts[last].shape[0] // 2 if chunks else 0
-    found = [prefill(*row_of(trial, joined))]
-    if cut:
-        prefill([Segment(last, 0, cut)], trial.prompts[last][:cut], [cut - 1])
-        rest = trial.prompts[last][cut:]
-        found.append(prefill([Segment(last, cut, rest.shape[0])], rest, [rest.shape[0] - 1]))
-    else:
-        found.append(prefill(*row_of(trial, [last])))
-    columns = [torch.cat(found).float()]
-    lengths = [prompt.shape[0] for prompt in trial.prompts]
+    length = trial.prompts[last].shape[0]
+    cut = length // 2 if chunks else length
+    found = prefill(*row_of(trial, joined, [Segment(last, 0, cut)])).float()
+    if not chunks:
+        return found
+    rest = prefill([Segment(last, cut, length - cut)], trial.prompts[last][cut:], [length - cut - 1])
+    return torch.cat([found[:-1], rest.float()])
+
+
+def step_logits(trial: Trial, step: StepForward, rows: int) -> Tensor:
+    """Logits [rows, STEPS, V] of the first rows' steps."""
+    lengths = [prompt.shape[0] for prompt in trial.prompts[:rows]]
     positions = torch.tensor(lengths, dtype=torch.int32, device=trial.fed.device)
-    for number in range(STEPS):
-        columns.append(step(trial.fed[:, number].contiguous(), positions + number).float())
-    return torch.stack(columns, 1)
+    found = [step(trial.fed[:rows, number].contiguous(), positions + number).float() for number in range(STEPS)]
+    return torch.stack(found, 1)
 
 
-def row_of(trial: Trial, slots: Sequence[int]) -> tuple[list[Segment], Tensor, list[int]]:
-    """Prompts joined in one row, and where they end."""
-    prompts = [trial.prompts[slot] for slot in slots]
-    segments = [Segment(slot, 0, prompt.shape[0]) for slot, prompt in zip(slots, prompts, strict=True)]
-    ends = [sum(prompt.shape[0] for prompt in prompts[: i + 1]) - 1 for i in range(len(prompts))]
-    return segments, torch.cat(prompts), ends
+def row_of(trial: Trial, slots: Sequence[int], more: Sequence[Segment]) -> tuple[list[Segment], Tensor, list[int]]:
+    """Whole prompts and segments of others joined in one row, and where they end."""
+    segments = [Segment(slot, 0, trial.prompts[slot].shape[0]) for slot in slots] + list(more)
+    tokens = torch.cat([trial.prompts[segment.slot][segment.start : segment.end] for segment in segments])
+    ends = [sum(segment.length for segment in segments[: index + 1]) - 1 for index in range(len(segments))]
+    return segments, tokens, ends

@@ -18,10 +18,10 @@ from onegpu.decoder.arguments import vocabulary_of
 from onegpu.decoder.cache import KVCache, LayerShape
 from onegpu.decoder.crossed import CrossedCache, CrossedPrefill, CrossedStep
 from onegpu.decoder.crossed_proof import CrossedTrial, make_crossed_trial, why_not_crossed
-from onegpu.decoder.fused import FusedPlan, FusedStep, prove, recognise
+from onegpu.decoder.fused import CheckedStep, FusedPlan, prove, recognise
 from onegpu.decoder.masked import MaskedPrefill, MaskedStep
 from onegpu.decoder.options import DecoderOptions
-from onegpu.decoder.prove import CAPACITY, LENGTHS, Trial, layer_shapes, make_trial, why_not_equal
+from onegpu.decoder.prove import Trial, layer_shapes, make_trial, why_not_equal
 from onegpu.decoder.step import StepForward
 from onegpu.decoder.universal import UniversalPrefill, UniversalStep
 from onegpu.errors import UnsupportedError
@@ -138,9 +138,11 @@ def may_leave(way: Way) -> bool:
 def why_not(model: nn.Module, way: Way, trial: Trial) -> str | None:
     """Prove a way on small slots, in the model's own dtype."""
     # Keys and values in 8 bit are less exact by choice: what is proved is the way.
-    kv = replace(way, kv_cache_dtype=None).memory(len(LENGTHS), CAPACITY)
+    kv = replace(way, kv_cache_dtype=None).memory(len(trial.prompts), trial.capacity)
     prefill, step = way.prefill(model, kv), way.step(model, kv)
-    reason = why_not_equal(trial, prefill, step, way.chunk != UNLIMITED)
+    # More rows of a fused step are held against one when they first come.
+    rows = 1 if way.name == "fused" and not isinstance(step, UniversalStep) else None
+    reason = why_not_equal(trial, prefill, step, way.chunk != UNLIMITED, rows)
     view = step.view if isinstance(step, UniversalStep) else prefill.view if way.name == "fused" else None
     if way.name != "masked" and (view is None or len(view.windows) < len(way.shapes)):
         return "its layers compute attention themselves"
@@ -186,10 +188,11 @@ class FusedSteps:
 
     def __init__(self, plan: FusedPlan) -> None:
         self.plan = plan
+        self.known: dict[int, str | None] = {}
 
     def __call__(self, model: nn.Module, kv: KVCache) -> StepForward:
         try:
-            return FusedStep(self.plan, kv)
+            return CheckedStep(self.plan, kv, self.known)
         except UnsupportedError:
             return UniversalStep(model, kv)
 

@@ -3,6 +3,7 @@
 from onegpu.decoder.fused.plan import FusedPlan
 from onegpu.decoder.fused.prove import prove
 from onegpu.decoder.fused.recognise import recognise
+from onegpu.decoder.fused.rows import CheckedStep
 from onegpu.decoder.fused.step import FusedStep
 
-__all__ = ["FusedPlan", "FusedStep", "prove", "recognise"]
+__all__ = ["CheckedStep", "FusedPlan", "FusedStep", "prove", "recognise"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onegpu.decoder.fused.plan import Norm
-from onegpu.kernels import rms_norm
+from onegpu.kernels.decode_products import reference_rms_norm
 from onegpu.kernels.tail import ACTIVATIONS, apply_tail
 from onegpu.nn.joined import is_plain_linear
 
@@ -55,7 +55,7 @@ def norm_of(module: Any, size: int, dtype: torch.dtype) -> Norm | str:
         if not isinstance(expected, Tensor) or expected.dtype != dtype or expected.shape != x.shape:
             return f"its result is not in {dtype}"
         for offset in (0.0, 1.0):
-            if close(rms_norm(x, weight, eps, offset), expected):
+            if close(reference_rms_norm(x, weight, eps, offset), expected):
                 return Norm(module, eps, offset)
     return "does not compute RMSNorm"
 

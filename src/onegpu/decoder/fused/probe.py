@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from onegpu.attention.causal_interface import CacheView, mask_with
 from onegpu.decoder.forward import ModelForward
+from onegpu.nn.definition import by_definition
 
 __all__ = ["AttentionCall", "ModuleCall", "Probe", "watch", "watched"]
 
@@ -100,7 +101,7 @@ def watch(model: nn.Module, modules: list[nn.Module], token: int, position: int,
     view = RecordingView()
     calls: list[ModuleCall] = []
     place = torch.full((1, 1), position, device=device)
-    with torch.no_grad(), watched(modules, calls):
+    with torch.no_grad(), by_definition(model), watched(modules, calls):
         output = forward(
             decoding=True,
             input_ids=torch.full((1, 1), token, device=device),

@@ -7,27 +7,34 @@ u the unit roundoff; they add up as their squares do: 3.2 u. The MLP's half roun
 element instead of the average one, is what is allowed: 6 u of the largest change that the half makes. From end to end
 it is sqrt(2 * layers + 1) times as much of the largest logit. Sums over thousands of float32 products differ by more
 than 6 u, so in float32 it is 1e-4.
+
+One sequence, so that only the kernels of one row are needed before the first token; `onegpu.decoder.fused.rows` holds
+more rows against one, when they first come. All that is compared is read by the host at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from onegpu.decoder.cache import KVCache, LayerShape
+from onegpu.decoder.cache import KVCache
 from onegpu.decoder.fused.plan import FusedPlan, LayerPlan
 from onegpu.decoder.fused.probe import ModuleCall, watched
+from onegpu.decoder.fused.rehearse import layer_shapes, prompt_products, rehearse
 from onegpu.decoder.fused.step import FusedStep
 from onegpu.errors import OneGpuError
+from onegpu.kernels.compile_ahead import compile_ahead
 from onegpu.nn import QuantLinear8bit
+from onegpu.nn.definition import by_definition
 
 __all__ = ["proof_tolerance", "prove"]
 
-ROWS: Final = 2
+ROWS: Final = 1
 STEPS: Final = 6
 SEED: Final = 0
 # So small that every column of x is an outlier, which LLM.int8() multiplies in 16 bit.
@@ -49,6 +56,8 @@ def prove(plan: FusedPlan) -> str | None:
     tokens = torch.randint(0, size, (ROWS, STEPS), generator=generator).to(plan.device)
     try:
         logits, calls = plain_run(plan, tokens)
+        plan.join()
+        compile_ahead(lambda: rehearse(plan, ROWS), plan.device, prompt_products(plan))
         reason = compare(plan, tokens, logits, calls)
     except OneGpuError as error:
         reason = error.message
@@ -63,7 +72,7 @@ def plain_run(plan: FusedPlan, tokens: Tensor) -> tuple[Tensor, dict[nn.Module, 
     for layer in plan.layers:
         modules += [plan.names[layer.name], middle_of(layer)]
     calls: list[ModuleCall] = []
-    with torch.no_grad(), exact_int8(plan), watched([*modules, plan.norm.module], calls):
+    with torch.no_grad(), exact_int8(plan), by_definition(plan.model), watched([*modules, plan.norm.module], calls):
         logits: Tensor = plan.model(input_ids=tokens, use_cache=False).logits
     return logits, {call.module: call for call in calls}
 
@@ -82,29 +91,32 @@ def exact_int8(plan: FusedPlan) -> Iterator[None]:
             layer.threshold = threshold
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two results are apart, the largest value of the plain one, and what is allowed beside its share."""
+
+    what: str
+    tolerance: float
+    difference: Tensor
+    largest: Tensor
+    slack: Tensor
+
+
 def compare(plan: FusedPlan, tokens: Tensor, logits: Tensor, calls: dict[nn.Module, ModuleCall]) -> str | None:
     """What differs, or None."""
-    kv = KVCache(
-        [LayerShape(p.num_kv_heads, p.head_dim, p.head_dim, plan.dtype, plan.device, p.window) for p in plan.layers],
-        ROWS,
-        STEPS,
-    )
+    kv = KVCache(layer_shapes(plan), ROWS, STEPS)
     step = FusedStep(plan, kv)
     places = [torch.full((ROWS,), index, dtype=torch.int32, device=plan.device) for index in range(STEPS)]
     with torch.no_grad():
-        for index in range(len(plan.layers)):
-            reason = compare_halves(step, index, places, calls)
-            if reason is not None:
-                return reason
+        found = [part for index in range(len(plan.layers)) for part in compare_halves(step, index, places, calls)]
         last = calls[plan.norm.module].given
-        reason = beyond(step.logits(last[:, -1]), logits[:, -1], plan, "its head")
-        if reason is not None:
-            return reason
-        got = torch.stack([step(tokens[:, index], places[index]) for index in range(STEPS)], dim=1)
-    if plan.experts_configs and plan.dtype is not torch.float32:
-        # Where two experts are nearly as good, a rounding decides between them; each layer has been compared.
-        return None
-    return beyond(got, logits, plan, "the whole step", 2 * len(plan.layers) + 1)
+        found.append(apart(step.logits(last[:, -1]), logits[:, -1], plan, "its head"))
+        # Where two experts are nearly as good, a rounding decides between them; each layer is compared.
+        if not plan.experts_configs or plan.dtype is torch.float32:
+            # The keys and values of the tokens before are those of the halves.
+            got = step(tokens[:, -1], places[-1])
+            found.append(apart(got, logits[:, -1], plan, "the whole step", 2 * len(plan.layers) + 1))
+    return first_beyond(found)
 
 
 def middle_of(layer: LayerPlan) -> nn.Module:
@@ -112,7 +124,9 @@ def middle_of(layer: LayerPlan) -> nn.Module:
     return layer.mlp if layer.mlp_norm is None else layer.mlp_norm.module
 
 
-def compare_halves(step: FusedStep, index: int, places: list[Tensor], calls: dict[nn.Module, ModuleCall]) -> str | None:
+def compare_halves(
+    step: FusedStep, index: int, places: list[Tensor], calls: dict[nn.Module, ModuleCall]
+) -> list[Difference]:
     """Both halves of a layer on what the plain layer's are given; an MLP run by its own forward is not compared."""
     plan, layer = step.plan, step.plan.layers[index]
     whole = calls[plan.names[layer.name]]
@@ -121,26 +135,38 @@ def compare_halves(step: FusedStep, index: int, places: list[Tensor], calls: dic
         step.attention(index, whole.given[:, position], place, step.angles(place))
         for position, place in enumerate(places)
     ]
-    reason = compare_change(plan, whole.given, middle, torch.stack(attended, dim=1), f"attention of {layer.name}")
-    if reason is not None or layer.down is None:
-        return reason
-    last = step.mlp(layer, middle.flatten(0, 1)).view_as(middle)
-    return compare_change(plan, middle, whole.output, last, f"the MLP of {layer.name}")
+    found = [change_apart(plan, whole.given, middle, torch.stack(attended, dim=1), f"attention of {layer.name}")]
+    if layer.down is not None:
+        last = [step.mlp(layer, middle[:, position]) for position in range(STEPS)]
+        found.append(change_apart(plan, middle, whole.output, torch.stack(last, dim=1), f"the MLP of {layer.name}"))
+    return found
 
 
-def compare_change(plan: FusedPlan, before: Tensor, plain: Tensor, fused: Tensor, what: str) -> str | None:
+def change_apart(plan: FusedPlan, before: Tensor, plain: Tensor, fused: Tensor, what: str) -> Difference:
     """What a half adds to the hidden states; their sum is rounded too."""
-    slack = torch.finfo(plan.dtype).eps * float(plain.abs().max())
-    return beyond(fused.double() - before, plain.double() - before, plan, what, slack=slack)
+    slack = plain.abs().max().double() * torch.finfo(plan.dtype).eps
+    return apart(fused.double() - before, plain.double() - before, plan, what, slack=slack)
 
 
-def beyond(
-    got: Tensor, expected: Tensor, plan: FusedPlan, what: str, halves: int = 1, slack: float = 0.0
-) -> str | None:
-    """The reason where two results differ by more than the roundings of so many halves. Never lets a NaN pass."""
-    tolerance = proof_tolerance(plan.dtype, halves)
-    largest = float(expected.double().abs().max())
-    difference = float((got.double() - expected.double()).abs().max())
-    if difference <= tolerance * largest + slack:
-        return None
-    return f"{what} differs from the plain model by {difference:.2g}, where {tolerance:.2g} of {largest:.2g} is allowed"
+def apart(
+    got: Tensor, expected: Tensor, plan: FusedPlan, what: str, halves: int = 1, slack: Tensor | None = None
+) -> Difference:
+    """Two results that may differ by the roundings of so many halves."""
+    largest = expected.double().abs().max()
+    return Difference(
+        what,
+        proof_tolerance(plan.dtype, halves),
+        (got.double() - expected.double()).abs().max(),
+        largest,
+        torch.zeros_like(largest) if slack is None else slack,
+    )
+
+
+def first_beyond(found: list[Difference], other: str = "the plain model") -> str | None:
+    """The first that differs by more than is allowed, in a sentence. Never lets a NaN pass. Waits for the device."""
+    numbers = torch.stack([torch.stack((each.difference, each.largest, each.slack)) for each in found]).tolist()
+    for each, (difference, largest, slack) in zip(found, numbers, strict=True):
+        if not difference <= each.tolerance * largest + slack:
+            allowed = f"{each.tolerance:.2g} of {largest:.2g} is allowed"
+            return f"{each.what} differs from {other} by {difference:.2g}, where {allowed}"
+    return None
