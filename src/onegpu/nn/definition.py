@@ -27,7 +27,8 @@ def by_definition(model: nn.Module) -> Iterator[None]:
     layers: list[QuantLinear] = [
         module
         for module in model.modules()
-        if isinstance(module, QuantLinear) and type(module) in (QuantLinear4bit, QuantLinear8bit)
+        if isinstance(module, QuantLinear)
+        and type(module) in (QuantLinear4bit, QuantLinear8bit)
         and module.weight.is_cuda
         and "forward" not in module.__dict__
     ]
