@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_models_take_turns_and_the_median_leaves_the_first_round_out(batch: int)
         assert speed.fastest == pytest.approx(250.0 * batch)
         assert (speed.prompt_tokens, speed.new_tokens, speed.runs, speed.batch) == (7, 5, 3, batch)
         assert speed.first_call_s > 0
+        assert speed.first_token_s == pytest.approx(0.010)
 
 
 @pytest.mark.parametrize("fails_at", [1, 3])
@@ -186,6 +188,26 @@ def test_rows_of_ours_and_of_transformers(in_turns: bool) -> None:
         assert row.bandwidth_percent == pytest.approx(100 * row.bytes_per_step / 1e9 / (row.tpot_ms / 1e3))
         assert row.peak_bytes is None
         assert ("generates" in row.path) == (row.system == "onegpu")
+
+
+def test_ready_is_told_once_for_each_model_and_cold_for_the_first_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path / "own"))
+    rows = entrant_rows("16bit,transformers", lambda _: tiny_llama(torch.float32))
+    assert [(row.format, row.batch, row.cold) for row in rows if row.cold] == [("16bit", 1, True)]
+    for row in rows:
+        if row.batch > 1:
+            assert (row.ready_s, row.prepare_s) == (None, None)
+            continue
+        assert row.ready_s is not None
+        assert row.prepare_s is not None
+        assert row.first_call_s is not None
+        # Of the first call, which is part of neither the loading nor `optimize`, the first token comes before the end.
+        assert 0 < row.ready_s - row.prepare_s < row.first_call_s
+    ours, theirs = (row for row in rows if row.batch == 1)
+    assert (ours.prepare_s or 0) > 10 * (theirs.prepare_s or 0)
 
 
 def test_a_model_that_cannot_be_loaded_has_a_row_that_says_so() -> None:

@@ -28,7 +28,7 @@ def test_it_prints_a_table(call: Call, tiny: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()]
     assert [line[:2] for line in lines[2:]] == [["nf4", "1"], ["int8", "1"], ["16bit", "1"]]
-    assert {len(line) for line in lines} == {10}
+    assert {len(line) for line in lines} == {11}
     assert "greedy, 5 + 3 tokens, median of 1" in result.stderr
     assert "nf4, batch 1: LlamaForCausalLM: generates" in result.stderr
 
@@ -63,6 +63,15 @@ def test_random_weights_need_a_config_alone(call: Call, shape: Path) -> None:
     assert nf4["error"] == half["error"] == ""
     assert nf4["weight_bytes"] < half["weight_bytes"]
     assert nf4["kv"] == "int8"
+
+
+def test_a_cold_start_is_told(call: Call, shape: Path) -> None:
+    result = call("bench", "generate", shape, "--random", "--formats", "nf4,16bit", "--cold", *SHORT)
+    assert result.exit_code == 0, result.output
+    head, _, first, second = result.stdout.splitlines()
+    assert head.endswith("| ready, s |")
+    assert first.endswith(", cold |")
+    assert "cold" not in second
 
 
 def test_a_failed_peer_has_its_row(call: Call, shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from onegpu.bench.contenders import RIVAL, Contender, parse_contender, parse_contenders
+from onegpu.bench.kernel_cache import is_cold
 from onegpu.bench.measure import Timing, TokenClock, step_bytes, synchronize, weight_bytes
 from onegpu.errors import ConfigError
 
@@ -56,7 +57,8 @@ class Speed:
     """Medians over `runs` rounds; `slowest` and `fastest` are the decode speeds of the worst and best round.
 
     `tpot_ms` is the time of a step, which is one token for each of `batch` sequences; `tokens_per_second` counts all
-    of them. `first_call_s` is the first round: what a fresh process waits, compiling and capturing included.
+    of them. `first_call_s` is the first round: what a fresh process waits, compiling and capturing included;
+    `first_token_s` its first token.
     """
 
     ttft_ms: float
@@ -69,6 +71,7 @@ class Speed:
     new_tokens: int
     runs: int
     first_call_s: float
+    first_token_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,8 @@ class GenerateRow:
 
     `bytes_per_step` must be read for a step, `bandwidth_percent` is the share of the measured bandwidth at which they
     were; `peak_bytes` the most memory that was allocated on the GPU. `path` says which way generation went.
+    `ready_s`, at the first batch size, is the time from loaded weights to the first token: `prepare_s` of it in
+    `optimize`. `cold`: no compiled kernel was kept from an earlier run, and no other model was measured before.
     """
 
     format: str
@@ -92,6 +97,9 @@ class GenerateRow:
     slowest: float | None = None
     fastest: float | None = None
     first_call_s: float | None = None
+    ready_s: float | None = None
+    prepare_s: float | None = None
+    cold: bool = False
     weight_bytes: int | None = None
     bytes_per_step: int | None = None
     bandwidth_percent: float | None = None
@@ -167,15 +175,17 @@ def measure_entrants(
         bandwidth: bytes a second that the device can read, None where unknown.
     """
     check_counts(max_new_tokens, runs)
+    cold = is_cold()
     groups = [list(entrants)] if in_turns else [[entrant] for entrant in entrants]
     rows: list[GenerateRow] = []
     for group in groups:
         models: dict[str, Any] = {}
         failures: dict[str, str] = {}
+        took: dict[str, float] = {}
         for entrant in group:
             progress(f"loading {entrant.label}")
             try:
-                models[entrant.label] = prepared(load(entrant.contender), entrant, kv)
+                models[entrant.label], took[entrant.label] = made_ready(load, entrant, kv)
             except Exception as error:
                 failures[entrant.label] = told(error)
         sizes = {label: weight_bytes(model) for label, model in models.items()}
@@ -194,14 +204,28 @@ def measure_entrants(
                     new_tokens=max_new_tokens,
                     kv=kv if entrant.system == "onegpu" else "16bit",
                     weight_bytes=sizes.get(entrant.label),
+                    cold=cold and entrant is entrants[0] and batch == batches[0],
                 )
                 speed = speeds.get(entrant.label, failures.get(entrant.label, ""))
+                if batch == batches[0] and isinstance(speed, Speed):
+                    prepare = took[entrant.label]
+                    plain = replace(plain, prepare_s=prepare, ready_s=prepare + speed.first_token_s)
                 rows.append(completed(plain, models.get(entrant.label), speed, bandwidth, alone=not in_turns))
             collect()
         models.clear()
         alive = {}
         collect()
     return sorted(rows, key=lambda row: row.batch)
+
+
+def made_ready(load: Callable[[Contender], Any], entrant: Entrant, kv: str) -> tuple[Any, float]:
+    """A model to be measured, and the seconds from its weights being loaded to that."""
+    model = load(entrant.contender)
+    synchronize(model.device)
+    began = time.perf_counter()
+    model = prepared(model, entrant, kv)
+    synchronize(model.device)
+    return model, time.perf_counter() - began
 
 
 def prepared(model: Any, entrant: Entrant, kv: str) -> Any:
@@ -217,8 +241,6 @@ def prepared(model: Any, entrant: Entrant, kv: str) -> Any:
 
 def completed(row: GenerateRow, model: Any, speed: Speed | str, bandwidth: float | None, *, alone: bool) -> GenerateRow:
     """The row with what was measured, or with its error."""
-    from dataclasses import replace
-
     if isinstance(speed, str):
         return replace(row, error=speed or "not measured")
     context = row.prompt_tokens + row.new_tokens // 2
@@ -266,7 +288,7 @@ def measure_speed(
     """
     check_counts(max_new_tokens, runs)
     timings: dict[str, list[Timing]] = {label: [] for label in models}
-    first: dict[str, float] = {}
+    first: dict[str, tuple[float, float]] = {}
     failed: dict[str, Speed | str] = {}
     for turn in range(runs + 1):
         for label, model in models.items():
@@ -275,7 +297,7 @@ def measure_speed(
             try:
                 began = time.perf_counter()
                 timing = timed_generate(model, prompt, max_new_tokens)
-                first.setdefault(label, time.perf_counter() - began)
+                first.setdefault(label, (time.perf_counter() - began, timing.ttft_ms / 1e3))
                 for _ in range(WARM_UP.get(label, 1) - 1 if turn == 0 else 0):
                     timed_generate(model, prompt, max_new_tokens)
             except Exception as error:
@@ -288,7 +310,7 @@ def measure_speed(
             speed = prompt.shape[0] * (timing.tokens_per_second or 0)
             progress(f"round {turn} of {runs}: {label} {speed:.1f} tok/s at batch {prompt.shape[0]}")
     return {
-        label: failed[label] if label in failed else summary(rows, prompt.shape[0], first[label])
+        label: failed[label] if label in failed else summary(rows, prompt.shape[0], *first[label])
         for label, rows in timings.items()
     }
 
@@ -329,7 +351,7 @@ def timed_generate(model: Any, prompt: torch.Tensor, max_new_tokens: int) -> Tim
     )
 
 
-def summary(timings: Sequence[Timing], batch: int, first_call_s: float) -> Speed:
+def summary(timings: Sequence[Timing], batch: int, first_call_s: float, first_token_s: float) -> Speed:
     """The medians of several rounds."""
     speeds = [batch * (timing.tokens_per_second or 0.0) for timing in timings]
     return Speed(
@@ -343,6 +365,7 @@ def summary(timings: Sequence[Timing], batch: int, first_call_s: float) -> Speed
         new_tokens=timings[0].new_tokens,
         runs=len(timings),
         first_call_s=first_call_s,
+        first_token_s=first_token_s,
     )
 
 

@@ -43,6 +43,9 @@ def generate(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: MODEL is a known shape or a folder with a config.json.")
     ] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Begin without compiled kernels; of several formats the first is cold.")
+    ] = False,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Rounds measured, after those to warm up.")] = 5,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
@@ -51,10 +54,14 @@ def generate(
 ) -> None:
     """First token, time per token, tokens per second, share of the memory bandwidth and peak memory, greedy.
 
-    On a GPU each model is alone in memory; on a CPU all are in memory at once and take turns.
+    Ready: from loaded weights to the first token. On a GPU each model is alone in memory; on a CPU all are in memory at
+    once and take turns.
     """
+    from contextlib import nullcontext
+
     from onegpu.bench.environment import environment
     from onegpu.bench.generate import measure_entrants, parse_entrants
+    from onegpu.bench.kernel_cache import empty_caches
     from onegpu.cli.console import quiet_libraries, say
     from onegpu.cli.report import check_report, deliver
     from onegpu.config import check_choice
@@ -70,18 +77,19 @@ def generate(
     bandwidth = read_bandwidth(target)
     if bandwidth is not None:
         say(f"this device reads {bandwidth / 1e9:.0f} GB/s")
-    rows = measure_entrants(
-        entrants,
-        load,
-        partial(prompts, length=prompt_tokens),
-        batches,
-        max_new_tokens=max_new_tokens,
-        runs=runs,
-        kv=kv,
-        in_turns=target.type != "cuda",
-        bandwidth=bandwidth,
-        progress=say,
-    )
+    with empty_caches() if cold else nullcontext():
+        rows = measure_entrants(
+            entrants,
+            load,
+            partial(prompts, length=prompt_tokens),
+            batches,
+            max_new_tokens=max_new_tokens,
+            runs=runs,
+            kv=kv,
+            in_turns=target.type != "cuda",
+            bandwidth=bandwidth,
+            progress=say,
+        )
     facts = environment(target)
     document: dict[str, Any] = {"model": model, "random": random, **facts, "read_bandwidth": bandwidth}
     document["rows"] = [asdict(row) for row in rows]
@@ -202,20 +210,25 @@ def table(rows: list[GenerateRow]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| format | batch | weights, MiB | first token, ms | ms per token | tok/s | slowest - fastest "
-        "| of the bandwidth | peak, MiB | first call, s |",
-        "| --- " * 10 + "|",
+        "| of the bandwidth | peak, MiB | first call, s | ready, s |",
+        "| --- " * 11 + "|",
     ]
     for row in rows:
         if row.error:
-            lines.append(f"| {row.format} | {row.batch} | {row.error.replace('|', '/')} |" + " |" * 7)
+            lines.append(f"| {row.format} | {row.batch} | {row.error.replace('|', '/')} |" + " |" * 8)
             continue
         lines.append(
             f"| {row.format} | {row.batch} | {mebibytes(row.weight_bytes)} | {row.ttft_ms:.1f} | {row.tpot_ms:.3f} "
             f"| {row.tokens_per_second:.1f} | {row.slowest:.1f} - {row.fastest:.1f} "
             f"| {'-' if row.bandwidth_percent is None else f'{row.bandwidth_percent:.1f} %'} "
-            f"| {mebibytes(row.peak_bytes)} | {row.first_call_s:.1f} |"
+            f"| {mebibytes(row.peak_bytes)} | {row.first_call_s:.1f} | {ready(row)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def ready(row: GenerateRow) -> str:
+    """From loaded weights to the first token, and whether kernels had to be compiled; a dash after the first batch."""
+    return "-" if row.ready_s is None else f"{row.ready_s:.2f}{', cold' if row.cold else ''}"
 
 
 def mebibytes(size: int | None) -> str:
