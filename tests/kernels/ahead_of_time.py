@@ -99,7 +99,8 @@ def signature(case: Case) -> dict[str, str]:
     types = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(BYTES, "*u8") | dict.fromkeys(CODES, "*i8")
     types |= dict.fromkeys(INTS, "*i32") | dict.fromkeys(LONGS, "*i64") | {"importance_ptr": "*fp32", "limit": "fp32"}
     if "FORMAT" in case.settings:
-        types["weight_ptr"] = "*i8" if case.settings["FORMAT"] == "int8" else "*u8"
+        four_bit = "*i32" if case.kernel is experts.pair_kernel else "*u8"
+        types["weight_ptr"] = "*i8" if case.settings["FORMAT"] == "int8" else four_bit
     if case.settings.get("NESTED"):
         types["absmax_ptr"] = "*u8"
     out = {}

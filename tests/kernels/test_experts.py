@@ -211,6 +211,19 @@ def test_blocksizes(blocksize: int, T: int, device: torch.device, experts) -> No
     assert_right(weights.to(device).multiply(x.to(device), ids.to(device), experts), x, ids, weights)
 
 
+@pytest.mark.parametrize("T", [2, 12])
+def test_codes_that_begin_anywhere(T: int, device: torch.device, experts) -> None:
+    """Codes are read in words: some that begin between two are right all the same."""
+    weights = stack("nf4", 3, 20, 128)
+    x, ids = normal(T, 128, dtype=torch.float16), routing(T, 2, 3)
+    there = weights.to(device)
+    packed = there.tensors[0]
+    moved = torch.cat((packed[:3], packed.view(-1)))[3:]
+    assert moved.data_ptr() % 4
+    shifted = Stack("nf4", there.shape, (moved, *there.tensors[1:]), there.blocksize)
+    assert_right(shifted.multiply(x.to(device), ids.to(device), experts), x, ids, weights)
+
+
 @pytest.mark.parametrize("T", [3, 15])
 def test_no_such_expert(T: int, device: torch.device, experts) -> None:
     """Its pairs get zeros and the others are right, in either kernel; ids of 32 bits and a view of x too."""

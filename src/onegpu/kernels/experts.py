@@ -81,12 +81,56 @@ def scaled(value, scale):
     return tl.reshape(parts, (BLOCK_N, BLOCK_K))
 
 
+@triton.jit
+def load_words(words_ptr, n, start, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """int32 [BLOCK_N, BLOCK_K / 8], eight 4-bit codes each, one to a thread; zeros from K on."""
+    word = tl.max_contiguous(tl.arange(0, BLOCK_K // 8), 1)
+    pointers = words_ptr + start // 8 + (n[:, None] * (K // 8) + word[None, :])
+    if EVEN_K:
+        words = tl.load(pointers)
+    else:
+        words = tl.load(pointers, mask=(word < (K - start) // 8)[None, :], other=0)
+    return words
+
+
+@triton.jit
+def load_stored(weight_ptr, n, start, K, FORMAT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What `pair_kernel` loads ahead: int8 codes, or words of 4-bit ones."""
+    if FORMAT == "int8":
+        stored = load_codes(weight_ptr, n, start, K, FORMAT, EVEN_K, BLOCK_K)
+    else:
+        stored = load_words(weight_ptr, n, start, K, EVEN_K, BLOCK_K)
+    return stored
+
+
+@triton.jit
+def in_eights(x):
+    """x [BLOCK_K] as eight tensors [1, BLOCK_K / 8]: the first of each eight elements, the second, and so on."""
+    COUNT: tl.constexpr = x.shape[0] // 8
+    even, odd = tl.split(tl.reshape(x, (1, COUNT, 2, 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    (x0, x4), (x1, x5), (x2, x6), (x3, x7) = tl.split(x0), tl.split(x1), tl.split(x2), tl.split(x3)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def multiply_words(words, table, x):
+    """The sum over each word's eight codes of value times x: float32 [BLOCK_N, BLOCK_K / 8]."""
+    parts = in_eights(x)
+    # The even code of a byte is in its high half.
+    sums = look_up(table, (words >> 4) & 15) * parts[0]
+    for i in tl.static_range(1, 8):
+        sums = tl.fma(look_up(table, (words >> (i * 4 ^ 4)) & 15), parts[i], sums)
+    return sums
+
+
 @triton.jit(do_not_specialize=["num_experts", "top_k", "S"])
 def pair_kernel(
     x_ptr,  # [T, K]
     stride_xt,
     expert_ids_ptr,  # int32 or int64 [S]
-    weight_ptr,  # uint8 [E, N, K / 2], or int8 [E, N, K]
+    weight_ptr,  # int32 [E, N, K / 8], words of 4-bit codes; or int8 [E, N, K]
     absmax_ptr,  # float32 or uint8 [E, N, K / BLOCKSIZE]; for int8 row_stats, float32 [E, N]
     nested_absmax_ptr,
     nested_code_ptr,
@@ -118,30 +162,25 @@ def pair_kernel(
     if FORMAT == "int8":
         weight_ptr += elements
     else:
-        weight_ptr += elements // 2
+        weight_ptr += elements // 8
         table = value_table(FORMAT)
     first = elements // BLOCKSIZE
     k = tl.max_contiguous(tl.arange(0, BLOCK_K), 8)
     # Eight products of a thread are summed at once: they have one scale.
     sums = tl.zeros((BLOCK_N, BLOCK_K // 8), tl.float32)
-    codes = load_codes(weight_ptr, row, 0, K, FORMAT, EVEN_K, BLOCK_K)
+    codes = load_stored(weight_ptr, row, 0, K, FORMAT, EVEN_K, BLOCK_K)
     for start in range(0, K, BLOCK_K):
         now = codes
         x = tl.load(x_ptr + start + k, mask=k < K - start, other=0.0)
-        wide = tl.broadcast_to(x.to(tl.float32)[None, :], (BLOCK_N, BLOCK_K))
+        x = x.to(tl.float32)
         # The next codes are under way while these are used; after the last, those of some columns again.
         following = tl.where(start + BLOCK_K < K, start + BLOCK_K, 0)
-        codes = load_codes(weight_ptr, row, following, K, FORMAT, EVEN_K, BLOCK_K)
+        codes = load_stored(weight_ptr, row, following, K, FORMAT, EVEN_K, BLOCK_K)
         if FORMAT == "int8":
-            value = now.to(tl.float32)
+            products = now.to(tl.float32) * x[None, :]
+            sums += tl.sum(tl.reshape(products, (BLOCK_N, BLOCK_K // 8, 8)), axis=2)
         else:
-            pair_of_codes = now.to(tl.int32)
-            code = tl.reshape(tl.join(pair_of_codes >> 4, pair_of_codes & 15), (BLOCK_N, BLOCK_K))
-            value = look_up(table, code)
-        products = tl.sum(tl.reshape(value * wide, (BLOCK_N, BLOCK_K // 8, 8)), axis=2)
-        if FORMAT == "int8":
-            sums += products
-        else:
+            products = multiply_words(now, table, x)
             scale = load_scales(
                 absmax_ptr, nested_absmax_ptr, nested_code_ptr, nested_offset_ptr, first, row, start, K,
                 BLOCKSIZE, NESTED, EVEN_K, BLOCK_K, 8,
@@ -295,8 +334,9 @@ def _multiply(
     with on_device_of(x):
         if max(FEW_PAIRS, num_experts // 4) >= S or not has_dot:
             tile = pair_settings(S, N, K)
+            stored = weight if weight_format == "int8" else in_words(weight)
             pair_kernel[(S * triton.cdiv(N, tile["BLOCK_N"]),)](
-                x, x.stride(0), ids, weight, *scales, y, num_experts, S // T, S, N, K, **tile, **settings
+                x, x.stride(0), ids, stored, *scales, y, num_experts, S // T, S, N, K, **tile, **settings
             )
             return y
         order, starts = sort_pairs(ids, num_experts)
@@ -307,6 +347,12 @@ def _multiply(
             EXPERTS=triton.next_power_of_2(num_experts + 2), NUM_EXPERTS=num_experts, **tile, **settings,
         )  # fmt: skip
     return y
+
+
+def in_words(packed: Tensor) -> Tensor:
+    """Codes as int32, eight to each; a copy where they do not begin on a word's boundary. Rows are whole words."""
+    packed = packed.view(-1)
+    return (packed.clone() if packed.data_ptr() % 4 else packed).view(torch.int32)
 
 
 def sort_pairs(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
