@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from onegpu.bench import kernel_peers, kernels
+from onegpu.bench import (
+    kernel_chain,
+    kernel_errors,
+    kernel_experts,
+    kernel_peers,
+    kernel_storage,
+    kernel_time,
+    kernels,
+)
 from onegpu.bench.kernel_tables import document, tables
 from onegpu.bench.kernels import Ceilings, Row, parse_rows, parse_shapes
-from onegpu.cli import build_app
+from onegpu.cli import bench_kernels, build_app
 from onegpu.cli.bench_kernels import draw
 from onegpu.errors import ConfigError
 
@@ -67,6 +76,22 @@ def test_a_peer_that_is_absent_is_a_row_with_the_reason(monkeypatch: pytest.Monk
     found = list(kernels.compare_kernels({"s": (16, 64)}, [1], CEILINGS, CPU, peers=True, rotation=1))
     assert found[-1] == Row("s", 16, 64, 0, "elsewhere", None, note="ImportError: No module named 'elsewhere'")
     assert "| elsewhere | failed: ImportError" in tables(document(CEILINGS, found, {}))
+
+
+def test_a_peer_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PEERS", {"tuning": lambda weight: (lambda x: time.sleep(9), 10**9)})
+    monkeypatch.setattr(kernels, "OURS", {})
+    monkeypatch.setattr(kernels, "PEER_PATIENCE", 0.05)
+    monkeypatch.setattr(kernels, "median_time", lambda products, x, **how: (1.0, ""))
+    *_, last = kernels.compare_kernels({"s": (16, 64)}, [1], CEILINGS, CPU, peers=True, rotation=1)
+    assert last.us is None
+    assert last.note == "TimeoutError: not ready after 0 s"
+
+
+def test_versions_of_peers() -> None:
+    found = kernel_peers.peer_versions()
+    assert set(found) == {"bitsandbytes", "torchao", "gemlite"}
+    assert found["bitsandbytes"] is None or found["bitsandbytes"][0].isdigit()
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
@@ -145,6 +170,64 @@ def test_no_chart_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     draw(tmp_path / "chart.png", document(CEILINGS, [], {}))
     assert not (tmp_path / "chart.png").exists()
     assert "no product was measured" in capsys.readouterr().err
+
+
+@pytest.fixture
+def without_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command on a CPU: every call is made, and each takes ten microseconds."""
+
+    def of_calls(calls, **how) -> tuple[float, str]:
+        calls[0]()
+        return 10.0, ""
+
+    monkeypatch.setattr(bench_kernels, "find_device", lambda: CPU)
+    monkeypatch.setattr(kernel_time, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(kernels, "median_time", lambda products, x, **how: of_calls([lambda: products[0](x)]))
+    monkeypatch.setattr(kernels, "PEERS", {"bitsandbytes nf4": lambda weight: (lambda x: x @ weight.t(), 10**9)})
+    monkeypatch.setattr(kernels, "MODELS", {"llama-8b": SMALL})
+    monkeypatch.setattr(kernels, "copies_of", lambda tensors, rotation: [tuple(tensors)] * 2)
+    monkeypatch.setattr(kernel_chain, "replayed", lambda step: (10.0, step().float(), True))
+    monkeypatch.setattr(kernel_chain.measure_chain, "__kwdefaults__", {"rows": 1, "layers": 2, "progress": print})
+    for module in (kernel_storage, kernel_experts):
+        monkeypatch.setattr(module, "median_of_calls", of_calls)
+        monkeypatch.setattr(module, "warm_up", lambda calls: None)
+    monkeypatch.setattr(kernel_storage, "SHAPE", (16, 128))
+    monkeypatch.setattr(
+        kernel_experts.measure_experts,
+        "__kwdefaults__",
+        {"models": {"m": kernel_experts.Experts(4, 2, 16, 64)}, "tokens": (1, 3), "progress": print},
+    )
+
+
+SMALL = {"qkv": (192, 128), "o": (128, 128), "gate_up": (512, 128), "down": (128, 256)}
+
+
+def test_all_of_it_in_one_run(without_a_clock: None, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    result = CliRunner().invoke(
+        build_app(), ["bench", "kernels", "--peers", "--m", "1,8", "--rotate", "0.6", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    whole = json.loads(result.stdout.strip().splitlines()[-1])
+    assert whole == json.loads(out.read_text())
+    assert len(whole["rows"]) == 4 * 2 * (2 + len(kernels.OURS))
+    assert [row["shape"] for row in whole["rows"][:: 2 * (2 + len(kernels.OURS))]] == list(SMALL), "by shape"
+    assert not [row for name in ("rows", "chain", "storage") for row in whole[name] if row["us"] is None]
+    assert len(whole["chain"]) == 4
+    assert {row["operator"] for row in whole["experts"] if row["us"]} >= {"bf16 loop", "onegpu nf4", "onegpu int8"}
+    assert {row["best_peer"] for row in whole["goals"]} == {"bitsandbytes nf4", None}
+    assert "gemlite" in whole["versions"]
+    assert "| goals | M |" in result.stdout
+
+
+def test_errors_alone(without_a_clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_errors, "ODD_SHAPES", {"odd": (31, 67)})
+    result = CliRunner().invoke(build_app(), ["bench", "kernels", "--errors", "--m", "1,2048", "--json"])
+    assert result.exit_code == 0, result.output
+    whole = json.loads(result.stdout)
+    assert whole["rows"] == whole["chain"] == []
+    assert {row["M"] for row in whole["errors"]} == {1}
+    assert {row["shape"] for row in whole["errors"]} == {*SMALL, "odd"}
 
 
 @pytest.mark.gpu

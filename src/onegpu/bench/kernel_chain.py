@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from onegpu.bench.kernel_time import Ceilings, first_line, normals, replayed
+from onegpu.bench.kernel_time import Ceilings, first_line, normals, replayed, warm_up
 from onegpu.formats import tiling
 
 __all__ = ["LAYERS", "Layer", "chain_step", "measure_chain", "random_layers"]
@@ -63,6 +63,19 @@ def chain_step(layers: Sequence[Layer], shapes: Shapes, overlap: bool, x: Tensor
     return x
 
 
+def compile_products(layer: Layer, shapes: Shapes, rows: int, device: torch.device) -> None:
+    """Every kernel of the chain, side by side."""
+    if device.type != "cuda":
+        return
+    warm_up(
+        [
+            partial(chain_step, [layer], {name: shape}, overlap, torch.ones(rows, shape[1], device=device).bfloat16())
+            for name, shape in shapes.items()
+            for overlap in (False, True)
+        ]
+    )
+
+
 def measure_chain(
     model: str,
     shapes: Shapes,
@@ -91,7 +104,9 @@ def measure_chain(
             }  # fmt: skip
             results.append(found)
             try:
-                built = built or random_layers(shapes, nested, layers, device)
+                if not built:
+                    built = random_layers(shapes, nested, layers, device)
+                    compile_products(built[0], shapes, rows, device)
                 num_bytes = sum(t.nbytes for layer in built for weight in layer.weights.values() for t in weight)
                 with torch.no_grad():
                     us, first, repeats = replayed(partial(chain_step, built, shapes, overlap, start))

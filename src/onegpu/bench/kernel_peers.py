@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PEERS", "UNCAPTURED"]
+__all__ = ["PEERS", "UNCAPTURED", "peer_versions"]
 
 GROUP = 64
 # Tiles along K that the layout of `_weight_int4pack_mm` holds side by side.
@@ -90,6 +91,17 @@ def grouped_codes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scales = (high - low) / 15
     codes = ((groups - low) / scales).round().clamp(0, 15).to(torch.uint8).view(weight.shape)
     return codes, scales, low
+
+
+def peer_versions() -> dict[str, str | None]:
+    """Versions of the packages, from their metadata alone; None for what is absent."""
+    found: dict[str, str | None] = {}
+    for name in ("bitsandbytes", "torchao", "gemlite"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 PEERS: Final[dict[str, Callable[[Tensor], Peer]]] = {

@@ -28,6 +28,7 @@ from onegpu.bench.kernel_time import (
     measure_ceilings,
     median_time,
     normals,
+    time_limit,
     warm_up,
 )
 from onegpu.errors import ConfigError
@@ -290,7 +291,9 @@ def measure_row(
     try:
         with torch.no_grad():
             plain = torch_product(weight, x).float()
-            error = float((prepared.products[-1](x).float() - plain).norm() / plain.norm())
+            with time_limit(prepared.patience):
+                y = prepared.products[-1](x).float()
+            error = float((y - plain).norm() / plain.norm())
             if not error < WRONG:
                 return Row(shape, N, K, M, operator, None, note=f"wrong: relative error {error:.2g}")
             us, note = median_time(prepared.products, x, capture=prepared.capture, patience=prepared.patience)

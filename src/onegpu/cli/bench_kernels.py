@@ -50,26 +50,24 @@ def kernels(
     as_json: AsJson = False,
 ) -> None:
     """Time of each operator, GB/s, TFLOP/s and percent of the roofline. The last line of the table is JSON."""
-    import torch
-
     from onegpu.bench.environment import environment
+    from onegpu.bench.kernel_peers import peer_versions
     from onegpu.bench.kernel_tables import document, tables
     from onegpu.bench.kernel_time import measure_ceilings
     from onegpu.bench.kernels import MODELS, compare_kernels, parse_rows, parse_shapes
     from onegpu.cli.console import print_document, say
     from onegpu.cli.report import check_report, deliver
     from onegpu.cli.run import to_stdout
-    from onegpu.errors import DeviceError
 
     check_report(report)
     check_plot(plot)
     chosen, numbers = parse_shapes(shapes), parse_rows(rows or (ALL_ROWS if peers else FEW_ROWS))
-    if not torch.cuda.is_available():
-        raise DeviceError("`bench kernels` needs a CUDA device; there is none")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = find_device()
     ceilings = measure_ceilings(device)
     say(f"read {ceilings.read_bandwidth / 1e12:.2f} TB/s, bfloat16 product {ceilings.flops / 1e12:.0f} TFLOP/s")
     facts: dict[str, Any] = environment(device)
+    if peers:
+        facts["versions"] |= peer_versions()
     rotation = int(rotate * 1e9)
     if tune:
         from onegpu.bench.kernel_tuning import tune_alone, tune_chain
@@ -108,6 +106,21 @@ def kernels(
     deliver("kernels", whole, tables(whole), as_json=as_json, report=report)
     if not as_json:
         to_stdout(json.dumps(whole) + "\n")
+
+
+def find_device() -> torch.device:
+    """The current GPU.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    import torch
+
+    from onegpu.errors import DeviceError
+
+    if not torch.cuda.is_available():
+        raise DeviceError("`bench kernels` needs a CUDA device; there is none")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def section(
