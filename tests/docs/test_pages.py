@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shlex
 from pathlib import Path
 
@@ -51,6 +52,30 @@ def test_every_guide_is_there_in_chinese(page: Path) -> None:
     text = translated.read_text(encoding="utf-8")
     assert sum("\u4e00" <= letter <= "\u9fff" for letter in text) > 200
     assert text.count("\n## ") == page.read_text(encoding="utf-8").count("\n## ")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ENGLISH, *CHINESE], ids=name)
+def test_no_block_is_passed_over(page: Path) -> None:
+    """Each fence was collected, its language is one that runs or is text, and each comment above one was read."""
+    text = page.read_text(encoding="utf-8")
+    found = blocks(page)
+    fences = [line for line in text.splitlines() if line.lstrip("> ").startswith("```")]
+    assert len(fences) == 2 * len(found)
+    assert {block.language for block in found} <= {"python", "sh", "text", "json"}
+    directives = [line for line in text.splitlines() if line.startswith(("<!-- needs", "<!-- exit"))]
+    assert len(directives) == sum((block.need is not None) + (block.exit_code != 0) for block in found)
+    assert "~~~" not in text
+
+
+@pytest.mark.parametrize("page", [page for page in CHINESE if page.name != "README.zh.md"], ids=name)
+def test_chinese_pages_have_the_parts_of_the_english_ones(page: Path) -> None:
+    """As many headings of each level, rows of tables, items of lists, and pictures; README.zh.md is a shorter one."""
+    prose = [
+        re.sub(r"^```.*?^```$", "", one.read_text(encoding="utf-8"), flags=re.M | re.S) for one in (page, CHINESE[page])
+    ]
+    parts = ("# ", "## ", "### ", "|", "- ", "![")
+    mine, theirs = ([sum(line.startswith(part) for line in text.splitlines()) for part in parts] for text in prose)
+    assert dict(zip(parts, mine, strict=True)) == dict(zip(parts, theirs, strict=True))
 
 
 def test_there_is_much_to_run() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from onegpu import errors
 from pages import ROOT
 
 PAGES = (ROOT / "docs/guides/troubleshooting.md", ROOT / "docs/zh/guides/troubleshooting.md")
@@ -50,6 +51,23 @@ def test_each_message_is_one_of_the_code(quote: str) -> None:
 
 def test_a_message_that_nobody_says_is_seen() -> None:
     assert not is_said("the model is on …, an input is under …")
+
+
+@cache
+def raised() -> dict[str, str]:
+    """The messages of each kind of error, one to a line; what a function makes to be raised elsewhere counts too."""
+    found = dict.fromkeys(errors.__all__, "")
+    for path in sorted((ROOT / "src/onegpu").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found:
+                found[node.func.id] += "".join(f"{text}\n" for part in node.args[:1] for text in strings(part))
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(set(errors.__all__) - {"OneGpuError"}))
+def test_every_kind_of_error_has_a_message_on_the_page(kind: str) -> None:
+    patterns = [r"[^\n]*".join(re.escape(part.strip()) for part in quote.split(GAP)) for quote in quotes(PAGES[0])]
+    assert any(re.search(pattern, raised()[kind]) for pattern in patterns)
 
 
 def test_both_languages_quote_the_same() -> None:
