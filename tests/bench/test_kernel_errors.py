@@ -12,7 +12,7 @@ SHAPES = {"even": (96, 128), "odd": (31, 67)}
 
 def test_ours_are_not_above_what_is_allowed() -> None:
     found = measure_errors(SHAPES, [1, 7], CPU)
-    assert len(found) == 2 * 2 * 2 * 6 * 2
+    assert len(found) == (1 + 2) * 2 * 6 * 2, "float16 at odd shapes alone"
     assert not [row for row in found if row["error"] is None]
     assert {row["operator"] for row in found} == {name for name, _ in kernel_errors.operators()}
     # One result of few rounded the other way counts for more than it does at the shapes of models.
@@ -36,7 +36,7 @@ def test_one_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernel_errors, "operators", lambda: iter([("broken", broken)]))
     found = measure_errors({"s": (32, 64)}, [3], CPU)
-    assert len(found) == 4
+    assert len(found) == 2
     assert found[0]["note"] == "RuntimeError: no luck"
 
 
