@@ -93,7 +93,6 @@ def answer_with(driver: Driver, request: Request, engine: Engine) -> Any:
 def run_steps(driver: Driver, request: Request, engine: Engine) -> Answer:
     """Step until every row is finished. On a GPU the next step is under way while the last one's tokens are read."""
     answer = Answer()
-    ahead = 1 if driver.device.type == "cuda" else 0
     launched = 0
     done = False
     most = request.most_new(context_limit(driver.model))
@@ -104,7 +103,7 @@ def run_steps(driver: Driver, request: Request, engine: Engine) -> Answer:
                 f"{max(request.lengths):,} with {most:,} new ones has no end yet",
                 "shorten the prompt, or ask for fewer new tokens",
             )
-        while launched < min(most, len(answer.tokens) + 1 + ahead):
+        while launched < min(most, len(answer.tokens) + 1 + steps_ahead(driver, engine, answer)):
             engine.step()
             keep_outputs(request, engine, answer)
             launched += 1
@@ -117,6 +116,14 @@ def run_steps(driver: Driver, request: Request, engine: Engine) -> Answer:
     # A step launched too many has left its outputs.
     del answer.scores[len(answer.tokens) :], answer.logits[len(answer.tokens) :]
     return answer
+
+
+def steps_ahead(driver: Driver, engine: Engine, answer: Answer) -> int:
+    """How many steps are under way beside the one whose tokens are read."""
+    if driver.device.type != "cuda":
+        return 0
+    # The first step of all is captured, which takes longer than it: nobody's first token waits for that.
+    return 1 if answer.tokens or engine.workspace.captured else 0
 
 
 def keep_outputs(request: Request, engine: Engine, answer: Answer) -> None:
