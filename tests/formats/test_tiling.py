@@ -74,19 +74,29 @@ def test_lanes_hold_the_operands_of_the_tensor_core() -> None:
                     left[row, column : column + 2] = byte >> 4, byte & 15
                 for register in range(2):
                     first = lane % 4 * 2 + 8 * register
-                    pair = 4 * step + 2 * register
+                    pair = 2 * step + 8 * register
                     right[first : first + 2, lane // 4] = lanes[lane][pair : pair + 2]
             out += left @ right
     assert np.array_equal(out, weight @ x.T)
 
 
-def test_first_words_hold_the_first_32_columns() -> None:
+def test_first_halves_of_words_hold_the_first_32_columns() -> None:
     """So that blocks of 32 have scales of their own."""
     packed = torch.zeros(16 * 32, dtype=torch.uint8)
     packed.view(16, 32)[:, :16] = 1
     words = tiling.tile_codes(packed, 16, 64).view(32, 4, 4)
-    assert (words[:, :2] == 1).all()
-    assert (words[:, 2:] == 0).all()
+    assert (words[:, :, :2] == 1).all()
+    assert (words[:, :, 2:] == 0).all()
+
+
+def test_a_quad_can_hand_over_columns_in_natural_order() -> None:
+    """Word t' of lane t, given to lane t' of the quad: pair t' of each eight columns, as steps of 16 in order want it."""
+    packed = random_bytes(16 * 32)
+    rows = packed.view(16, 2, 4, 4)  # [row, a, t, pair]
+    tile = tiling.tile_codes(packed, 16, 64).view(8, 4, 4, 2, 2)  # [g, t, word, a, r]
+    for lane in range(4):
+        handed = tile[:, :, lane]  # [g, t, a, r]
+        assert torch.equal(handed.permute(3, 0, 2, 1).reshape(16, 2, 4), rows[:, :, :, lane])
 
 
 def test_scales_of_rows_g_and_g_plus_8_lie_together() -> None:

@@ -1,17 +1,19 @@
 """4-bit codes and scales in the order in which tensor cores take them, and back: a permutation, nothing is rounded.
 
 A tile is 16 rows by 64 columns, 512 bytes: 16 bytes for each of the 32 lanes of a warp. Lane 4 g + t (g in 0..7,
-t in 0..3) holds four words; word j = 2 a + b is its part of the left operand of the j-th `mma.m16n8k16` (PTX ISA,
+t in 0..3) holds four words; word j = 2 b + h is its part of the left operand of the j-th `mma.m16n8k16` (PTX ISA,
 "Matrix fragments for mma.m16n8k16"), one byte for each register of the fragment:
 
-    byte i = 2 h + r of word j    the codes of row g + 8 r, columns 32 a + 8 t + 4 b + 2 h and the next one
+    byte i = 2 a + r of word j    the codes of row g + 8 r, columns 32 a + 8 t + 4 b + 2 h and the next one
 
-The columns that PTX numbers 16 j + 2 t + 8 h + e are thus these; a sum over columns does not mind their order, and
+The columns that PTX numbers 16 j + 2 t + 8 a + e are thus these; a sum over columns does not mind their order, and
 with this one a lane needs the right operand at columns 8 t .. 8 t + 7 and 32 + 8 t .. 32 + 8 t + 7: two loads of 16
-bytes from a row of x in its natural order, which four lanes together make 64 bytes without a gap. Words 0 and 1 hold
-columns 0..31 and words 2 and 3 columns 32..63, so blocks of 32 keep scales of their own.
+bytes from a row of x in its natural order, which four lanes together make 64 bytes without a gap. The halves of a word
+are columns 0..31 and 32..63, so blocks of 32 keep scales of their own. And `ldmatrix` over the four lanes' 16 bytes of
+one t gives lane t' of a quad word t' of lane t: columns 8 t + 2 t' of both halves, as products with columns in natural
+order want them.
 
-    tiled     uint8 [ceil(N / 16), K / 64, 8 g, 4 t, 2 a, 2 b, 2 h, 2 r], flat; each byte as it is in `packed`
+    tiled     uint8 [ceil(N / 16), K / 64, 8 g, 4 t, 2 b, 2 h, 2 a, 2 r], flat; each byte as it is in `packed`
     scales    float32 or uint8 [ceil(N / 16), K / blocksize, 8 g, 2 r], flat
 
 Rows from N up to the next multiple of 16 are zero bytes. Nested scales keep their float32 part as it is.
@@ -82,7 +84,7 @@ def tile_codes(packed: Tensor, out_features: int, in_features: int) -> Tensor:
     rows = pad(packed.view(out_features, in_features // 2), (0, 0, 0, -out_features % TILE_ROWS))
     # [row tile, r, g, column tile, a, t, b, h]
     parts = rows.view(-1, 2, 8, in_features // TILE_COLUMNS, 2, 4, 2, 2)
-    return parts.permute(0, 3, 2, 5, 4, 6, 7, 1).contiguous().view(-1)
+    return parts.permute(0, 3, 2, 5, 6, 7, 4, 1).contiguous().view(-1)
 
 
 def untile_codes(tiled: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -94,7 +96,7 @@ def untile_codes(tiled: Tensor, out_features: int, in_features: int) -> Tensor:
     _refuse(out_features, in_features, TILE_COLUMNS)
     _check("tiled", tiled, (torch.uint8,), num_tiled_bytes(out_features, in_features))
     parts = tiled.view(-1, in_features // TILE_COLUMNS, 8, 4, 2, 2, 2, 2)
-    rows = parts.permute(0, 7, 2, 1, 4, 3, 5, 6).reshape(-1, in_features // 2)
+    rows = parts.permute(0, 7, 2, 1, 6, 3, 4, 5).reshape(-1, in_features // 2)
     return rows[:out_features].reshape(-1)
 
 

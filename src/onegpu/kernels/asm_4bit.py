@@ -92,6 +92,7 @@ INVERSE: Final = {key: float32(1.0 / value) for key, value in TABLE_SCALE.items(
 MMA: Final = {
     ("bf16", 16): "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
     ("fp16", 16): "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+    ("bf16", 8): "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32",
     ("fp16", 8): "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32",
 }
 TO_FLOAT: Final = {
@@ -274,13 +275,21 @@ def num_products(columns: int, one_row: bool, groups: int) -> int:
 
 
 @triton.constexpr_function
+def accumulators(c: int, first: int, one_row: bool) -> str:
+    """The sums of the c-th eight rows of x, from operand `first` on; with one row, half of them are not looked at."""
+    if one_row:
+        return f"{{${first},u0,${first + 1},u1}}"
+    return "{" + ",".join([f"${first + 4 * c + i}" for i in range(4)]) + "}"
+
+
+@triton.constexpr_function
 def multiply(columns: int, one_row: bool, groups: int, dtype: str, depth: int) -> str:
     """One tile times 8 * `columns` rows of x.
 
     Operands: `num_products` float32 out, by block of the tile, then by eight rows of x: rows g and g + 8 of the
     tile for row 2 t of x and for row 2 t + 1; with `one_row` for the first alone. Then four words of codes, eight
     words for each eight rows of x, the table's address. `depth` is that of the tensor core's step: 16, or 8 before
-    compute capability 8.0.
+    compute capability 8.0; for two blocks it is 8.
     """
     count = num_products(columns, one_row, groups)
     block = count // groups
@@ -295,19 +304,15 @@ def multiply(columns: int, one_row: bool, groups: int, dtype: str, depth: int) -
         text += "\n"
         for i in range(4):
             text += f"dp4a.u32.u32 o, ${codes + j}, 0x{0x80 << (8 * i):x}, ${table}; ld.shared.b32 w{i}, [o];\n"
-        first = (j * groups // 4) * block
         for c in range(columns):
-            if one_row:
-                d = f"{{${first},u0,${first + 1},u1}}"
+            b = x + 8 * c + j
+            d = [accumulators(c, group * block, one_row) for group in range(groups)]
+            if depth == 16 and groups == 1:
+                text += f"{MMA[dtype, 16]} {d[0]},{{w0,w1,w2,w3}},{{${b},${b + 4}}},{d[0]};\n"
             else:
-                d = "{" + ",".join([f"${first + 4 * c + i}" for i in range(4)]) + "}"
-            b = x + 8 * c + 2 * j
-            if depth == 16:
-                text += f"{MMA[dtype, 16]} {d},{{w0,w1,w2,w3}},{{${b},${b + 1}}},{d};\n"
-            else:
-                text += (
-                    f"{MMA[dtype, 8]} {d},{{w0,w1}},{{${b}}},{d};\n{MMA[dtype, 8]} {d},{{w2,w3}},{{${b + 1}}},{d};\n"
-                )
+                # The halves of a step are columns below and from 32 on: blocks of their own where blocks are of 32.
+                text += f"{MMA[dtype, 8]} {d[0]},{{w0,w1}},{{${b}}},{d[0]};\n"
+                text += f"{MMA[dtype, 8]} {d[-1]},{{w2,w3}},{{${b + 4}}},{d[-1]};\n"
     return text + "}"
 
 

@@ -20,9 +20,9 @@ from onegpu.errors import DeviceError
 from onegpu.formats.codebooks import FP4_CODE, NF4_CODE
 from onegpu.formats.tiling import TILE_ROWS
 from onegpu.kernels import nvrtc
-from onegpu.kernels.gemm_4bit_config import ROWS, Config, configure, shared_bytes, stages
+from onegpu.kernels.asm_4bit import TABLE_SCALE
+from onegpu.kernels.gemm_4bit_config import ROWS, Config, blocks, configure, scales_sums, shared_bytes, stages
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
-from onegpu.kernels.tickets import tickets
 
 __all__ = ["MIN_ROWS", "gemm_4bit", "source", "why_not_gemm"]
 
@@ -33,22 +33,24 @@ CAPABILITY: Final = (9, 0)
 ARCHITECTURE: Final = "sm_90a"
 THREADS: Final = 384
 CODEBOOKS: Final = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+# Below 2**15, so that the codebook times it is nearest to whole numbers: 7e-6 of NF4's root mean square; FP4 is exact.
+WHOLE_SCALE: Final = {"nf4": 25545.0, "fp4": 20160.0}
 ACTIVATIONS: Final = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 BIAS_KINDS: Final = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 KINDS: Final = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
 
 
 class Codebook(ctypes.Structure):
-    """The 16 values of a code."""
+    """The 16 values of a code, times what makes them fit a table, and one over that."""
 
-    _fields_ = (("value", ctypes.c_float * 16),)
+    _fields_ = (("value", ctypes.c_float * 16), ("inverse", ctypes.c_float))
 
 
 class Problem(ctypes.Structure):
     """One product: the struct of this name in the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("bias", "residual", "y", "partial", "tickets")),
+        *((name, ctypes.c_void_p) for name in ("bias", "residual", "y")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride")),
         *(
             (name, ctypes.c_int)
@@ -83,7 +85,9 @@ def source(tokens: int, blocksize: int, dtype: torch.dtype, *, gated: bool, acti
     macros: nvrtc.Macros = (
         ("TOKENS", tokens),
         ("STAGES", stages(tokens, groups, gated)),
+        ("BLOCKS", blocks(tokens)),
         ("GROUPS", groups),
+        ("SCALE_SUMS", int(scales_sums(tokens, groups))),
         ("GATED", int(gated)),
         ("ACTIVATION", ACTIVATIONS[activation]),
         ("BFLOAT", int(is_bfloat)),
@@ -121,8 +125,16 @@ def kernel(
 
 
 @functools.cache
-def codebook(quant_type: str) -> Codebook:
-    return Codebook((ctypes.c_float * 16)(*CODEBOOKS[quant_type]))
+def codebook(quant_type: str, dtype: torch.dtype, of_sums: bool) -> Codebook:
+    """What the kernel fills its table from, for scales that multiply sums or weights."""
+    values: tuple[float, ...] = CODEBOOKS[quant_type]
+    if of_sums:
+        factor = TABLE_SCALE[quant_type, "bf16" if dtype == torch.bfloat16 else "fp16"]
+        values = tuple(value * factor for value in values)
+    else:
+        factor = WHOLE_SCALE[quant_type]
+        values = tuple(float(round(value * factor)) for value in values)
+    return Codebook((ctypes.c_float * 16)(*values), 1.0 / factor)
 
 
 @functools.cache
@@ -211,11 +223,6 @@ def gemm_4bit(
     blocks_n, blocks_m = -(-N // ROWS), -(-M // config.tokens)
     if nested is not None:
         absmax = expand_scales(absmax, nested, N, K // blocksize)
-    partial = counters = None
-    if splits > 1:
-        size = blocks_n * blocks_m * splits * config.tokens * ROWS
-        partial = torch.empty(size, dtype=torch.float32, device=device)
-        counters = tickets(blocks_n * blocks_m, device)
     width = y.element_size()
     strides = [tensor.stride(0) * width for tensor in (y, residual) if tensor is not None]
     starts = [tensor.data_ptr() for tensor in (y, residual) if tensor is not None]
@@ -223,8 +230,6 @@ def gemm_4bit(
         bias=None if bias is None else bias.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
         y=y.data_ptr(),
-        partial=None if partial is None else partial.data_ptr(),
-        tickets=None if counters is None else counters.data_ptr(),
         residual_stride=0 if residual is None else residual.stride(0) * width,
         y_stride=y.stride(0) * width,
         M=M,
@@ -242,15 +247,13 @@ def gemm_4bit(
         map_rows(rows, config.tokens),
         *map_weight(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize),
     )
-    arguments = (
-        *(int(each.getPtr()) for each in maps),
-        ctypes.addressof(problem),
-        ctypes.addressof(codebook(quant_type)),
-    )
+    values = codebook(quant_type, rows.dtype, scales_sums(config.tokens, 2 if blocksize == 32 else 1))
+    arguments = (*(int(each.getPtr()) for each in maps), ctypes.addressof(problem), ctypes.addressof(values))
+    works = blocks_n * blocks_m * splits
+    # Parts of K wait for each other, so all of them have a program; else programs take works in turn.
+    grid = works if splits > 1 else min(works, blocks(config.tokens) * processors(device))
     with on_device_of(rows):
-        nvrtc.launch(
-            function, min(blocks_n * blocks_m * splits, processors(device)), arguments, device, overlap=overlap
-        )
+        nvrtc.launch(function, grid, arguments, device, cluster=splits, overlap=overlap)
 
 
 def map_rows(rows: Tensor, tokens: int) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["MAX_SHARED", "Config", "configure", "shared_bytes", "stages"]
+__all__ = ["MAX_SHARED", "TOKENS", "Config", "blocks", "configure", "scales_sums", "shared_bytes", "stages"]
 
 # Of Hopper, for one program.
 MAX_SHARED: Final = 232448
 TABLE: Final = 32768
-STAGING: Final = 2 * 32 * 144
+PITCH: Final = 144
 HANDED: Final = 8192
 MOST_STAGES: Final = 8
 TOKENS: Final = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -40,19 +40,31 @@ def stage_bytes(tokens: int, groups: int) -> int:
     return tokens * 128 + 4096 + 512 * groups
 
 
+def blocks(tokens: int) -> int:
+    """Programs of a processor at a time."""
+    return 2 if tokens <= 64 else 1
+
+
+def scales_sums(tokens: int, groups: int) -> bool:
+    """Whether scales multiply sums of a tile's columns: cheaper up to so many tokens, and more exact."""
+    return tokens <= 128 and groups == 1
+
+
 def stages(tokens: int, groups: int, gated: bool) -> int:
     """Tiles on their way at a time."""
-    return min(MOST_STAGES, (MAX_SHARED - fixed_bytes(gated)) // (stage_bytes(tokens, groups) + 16))
+    shared = (MAX_SHARED - 1024) // 2 if blocks(tokens) == 2 else MAX_SHARED
+    return min(MOST_STAGES, (shared - fixed_bytes(tokens, gated)) // (stage_bytes(tokens, groups) + 16))
 
 
-def fixed_bytes(gated: bool) -> int:
-    """Shared memory beside the stages: alignment, table, results on their way out, a ticket."""
-    return 1024 + TABLE + STAGING + (HANDED if gated else 0) + 16
+def fixed_bytes(tokens: int, gated: bool) -> int:
+    """Shared memory beside the stages: alignment, table, results on their way out."""
+    leaving = 64 if tokens % 64 == 0 and tokens >= 128 and not gated else 32
+    return 1024 + TABLE + 2 * leaving * PITCH + (HANDED if gated else 0)
 
 
 def shared_bytes(tokens: int, groups: int, gated: bool) -> int:
     """Shared memory of a program."""
-    return fixed_bytes(gated) + stages(tokens, groups, gated) * (stage_bytes(tokens, groups) + 16)
+    return fixed_bytes(tokens, gated) + stages(tokens, groups, gated) * (stage_bytes(tokens, groups) + 16)
 
 
 def configure(M: int, N: int, K: int, processors: int) -> Config:

@@ -1,12 +1,16 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""y = tail(x @ W.T + bias) for a tiled 4-bit W: two ways, by the number of rows of x.
+"""y = tail(x @ W.T + bias) for a tiled 4-bit W: three ways, by the number of rows of x.
 
-up to SPLIT_ROWS   `gemv_4bit`, which reads W once for every 32 rows
-more               rows of W dequantized to scratch memory, then the vendor's library; also where `gemv_4bit` cannot
-                   run (float32 x, AMD GPUs)
+few     `gemv_4bit`, which reads W once for every 32 rows
+more    `gemm_4bit` on Hopper: W decoded on its way into the tensor cores
+else    rows of W dequantized to scratch memory, then the vendor's library; also where neither can run (float32 x,
+        AMD GPUs)
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -15,14 +19,17 @@ from torch import Tensor
 
 from onegpu.formats.tiling import TILE_COLUMNS, TILE_ROWS
 from onegpu.kernels import tail
+from onegpu.kernels.gemm_4bit import MIN_ROWS, gemm_4bit, why_not_gemm
 from onegpu.kernels.gemv_4bit import gemv_4bit, why_not_gemv
 from onegpu.kernels.gemv_4bit_config import MAX_ROWS
 from onegpu.kernels.launch import NO_CONTRACTION, decode, nested_arguments, on_device_of
 
 __all__ = ["linear_4bit_tiled"]
 
-# Reading 4-bit weights three times is quicker than once and writing them in 16 bit.
+# Reading 4-bit weights three times is quicker than once and writing them in 16 bit, where `gemm_4bit` does not run.
 SPLIT_ROWS = 96
+# From so many rows on, writing the weights in 16 bit costs less than decoding them for every 256 rows.
+MAX_GEMM_ROWS = 1 << 30
 # Dequantized weights at a time: 64 MiB in 16 bit.
 SCRATCH = 2**25
 TILES = 8
@@ -53,8 +60,8 @@ def dequantize_tiled_kernel(
     inside = tile < row_tiles.to(tl.int64) * columns
     source = first_row_tile.to(tl.int64) * columns + tile
     byte = tl.load(tiled_ptr + source[:, None] * 512 + tl.arange(0, 512)[None, :], mask=inside[:, None], other=0)
-    # [tile, g, t, a, b, h, r] to [tile, r, g, a, t, b, h]
-    byte = tl.permute(tl.reshape(byte, (TILES, 8, 4, 2, 2, 2, 2)), (0, 6, 1, 3, 2, 4, 5))
+    # [tile, g, t, b, h, a, r] to [tile, r, g, a, t, b, h]
+    byte = tl.permute(tl.reshape(byte, (TILES, 8, 4, 2, 2, 2, 2)), (0, 6, 1, 5, 2, 3, 4))
     byte = tl.reshape(byte, (TILES, 16, 32)).to(tl.int32)
     value = tl.join(decode(byte >> 4, QUANT_TYPE), decode(byte & 15, QUANT_TYPE))
     PARTS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
@@ -107,28 +114,40 @@ def linear_4bit_tiled(
     if nested_absmax is not None and nested_code is not None and nested_offset is not None:
         nested = (nested_absmax.contiguous(), nested_code.contiguous(), nested_offset.contiguous())
     added = None if residual is None else residual.detach().reshape(M, width)
-    if M > SPLIT_ROWS or (M > 0 and (not x.is_cuda or why_not_gemv(x.device, x.dtype) is not None)):
-        y = _dequantize_and_multiply(rows, tiled, absmax, bias, N, quant_type, blocksize, nested)
+    if M == 0 or way_of(M, x.device, x.dtype) is dequantize_and_multiply:
+        y = dequantize_and_multiply(rows, tiled, absmax, bias, N, quant_type, blocksize, nested)
         y = _followed(y, added, activation, gated)
         return y.view(*x.shape[:-1], width)
+    way, at_once = (gemm_4bit, M) if way_of(M, x.device, x.dtype) is gemm_4bit else (gemv_4bit, MAX_ROWS)
     y = torch.empty(M, width, dtype=x.dtype, device=x.device)
     rows = _aligned(rows)
     added = None if added is None else added.contiguous()
     fused = not gated or N % (2 * TILE_ROWS) == 0
-    for first in range(0, M, MAX_ROWS):
-        part = slice(first, min(first + MAX_ROWS, M))
+    for first in range(0, M, at_once):
+        part = slice(first, min(first + at_once, M))
         more = None if added is None else added[part]
         if fused:
-            gemv_4bit(
+            way(
                 y[part], rows[part], tiled, absmax, bias, quant_type, blocksize, nested,
                 residual=more, activation=activation, gated=gated, overlap=overlap,
             )  # fmt: skip
             continue
         # Gate and up share a tile of 16 rows: they meet after the product.
         both = torch.empty(rows[part].shape[0], N, dtype=x.dtype, device=x.device)
-        gemv_4bit(both, rows[part], tiled, absmax, bias, quant_type, blocksize, nested, overlap=overlap)
+        way(both, rows[part], tiled, absmax, bias, quant_type, blocksize, nested, overlap=overlap)
         y[part] = _followed(both, more, activation, gated)
     return y.view(*x.shape[:-1], width)
+
+
+def way_of(M: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function that multiplies M rows, one or more."""
+    if device.type != "cuda":
+        return dequantize_and_multiply
+    if MIN_ROWS <= M < MAX_GEMM_ROWS and why_not_gemm(device, dtype) is None:
+        return gemm_4bit
+    if M <= SPLIT_ROWS and why_not_gemv(device, dtype) is None:
+        return gemv_4bit
+    return dequantize_and_multiply
 
 
 def _followed(y: Tensor, residual: Tensor | None, activation: str | None, gated: bool) -> Tensor:
@@ -145,7 +164,7 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows.clone(memory_format=torch.contiguous_format)
 
 
-def _dequantize_and_multiply(
+def dequantize_and_multiply(
     rows: Tensor,
     tiled: Tensor,
     absmax: Tensor,

@@ -3,22 +3,24 @@
 // Compiled at run time with these macros, see gemm_4bit.py:
 //   TOKENS     rows of x of one program: 32, 64, 96, ... 256
 //   STAGES     tiles of x and W on their way
+//   BLOCKS     programs of a processor at a time: 2 hide each other's waits where registers allow it, else 1
 //   GROUPS     scales of a row in 64 columns: 2 for blocks of 32, else 1
+//   SCALE_SUMS 1: scales multiply sums of 64 columns, 0: they multiply weights
 //   GATED      the first half of W's rows gates the second
 //   ACTIVATION 0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu
 //   BFLOAT     1 for bfloat16, 0 for float16
 //   PRODUCT    the PTX of one wgmma, SUMS its sums as operands: they grow with TOKENS
 //
-// A program owns 128 rows of W and TOKENS rows of x. Rows of W are the left operand, which wgmma takes from
-// registers: a tile's bytes are in the order of exactly these registers. One warpgroup copies; two decode and
-// multiply 64 rows each, the next tile's bytes decoded while the tensor cores work on this one's. A byte is looked up
-// as two float32 in shared memory, in 16 copies so that no two lanes of a half warp meet in a bank; value times
-// scale is rounded once in float32 and once to 16 bit: bit for bit what dequantizing gives.
+// A program owns 128 rows of W and TOKENS rows of x, or a part of K of them; the programs of such parts are a cluster and
+// add up in each other's shared memory. Rows of W are the left operand, which wgmma takes from registers. One warpgroup
+// copies; two decode and multiply 64 rows each, the next tile's bytes decoded while the tensor cores work on this one's.
+// A byte is looked up as a pair in shared memory, in 32 copies so that no two lanes meet in a bank:
 //
-// x is copied as it lies, so columns must be in natural order: a lane of a quad has columns 8 t to 8 t + 7 of 32, and the
-// left operand wants pair t of each eight. ldmatrix and one shuffle for each word hand them over before they are looked up.
-// All copies are the tensor memory accelerator's; x and codes are swizzled by it (128 bytes), so that neither the tensor
-// cores nor ldmatrix meet in a bank.
+//   SCALE_SUMS 1   two 16-bit values, which are operands as they are: the codebook times a constant, as gemv_4bit has it
+//   SCALE_SUMS 0   two whole numbers of 16 bits, the codebook to 2^-16; times the scale in float32, rounded to 16 bit
+//
+// All copies are the tensor memory accelerator's; x and codes are swizzled by it (PTX ISA, 128-byte swizzle), so that
+// neither the tensor cores nor ldmatrix meet in a bank.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -27,18 +29,30 @@ typedef unsigned long long u64;
 #define CONSUMERS 2
 #define THREADS (WARPGROUP * (CONSUMERS + 1))
 #define ROWS 64
+// Registers of a copying and of a multiplying thread.
+#define FEW (BLOCKS == 2 ? 24 : 40)
+#define MANY (BLOCKS == 2 ? 104 : 232)
+// Where registers are few, a tile is decoded only after the one before it was multiplied: other warpgroups work then.
+#define DECODE_AHEAD (BLOCKS == 1 || TOKENS <= 32)
+// Token blocks that are worked on at a time: their x stays in L2 while W passes by.
+#define TOKEN_BLOCKS (1024 / TOKENS)
+// Columns of y that a program writes.
+#define WIDTH (GATED ? ROWS : ROWS * CONSUMERS)
 #define X_BYTES (TOKENS * 128)
 #define CODE_BYTES (CONSUMERS * 4 * 512)
 #define SCALE_BYTES (CONSUMERS * 4 * 64 * GROUPS)
 #define TABLE_BYTES 32768
-// 32 tokens of 64 results, a row padded by 16 bytes so that eight rows lie in different banks.
-#define PART 32
+// Tokens that leave at a time, 64 results each; a row padded by 16 bytes so that eight rows lie in different banks.
+#define PART (TOKENS % 64 == 0 && TOKENS >= 128 && !GATED ? 64 : 32)
 #define PITCH 144
 #define STAGING_BYTES (CONSUMERS * PART * PITCH)
 #define HANDED_BYTES (GATED ? PART / 8 * WARPGROUP * 16 : 0)
+// 2^23 + 2^15: what a whole number is off by when its bits are those of a float32.
+#define OFFSET 8421376.f
 
 struct Codebook {
     float value[16];
+    float inverse; // what sums, or scales, are multiplied by
 };
 
 // A CUtensorMap.
@@ -50,8 +64,6 @@ struct Problem {
     const void *bias;       // [N] of kind `bias_kind`
     const char *residual;   // [M, out], rows `residual_stride` bytes apart
     char *y;                // [M, out], rows `y_stride` bytes apart
-    float *partial;         // float32 sums of the splits
-    int *tickets;           // [row blocks * token blocks], 0 before and after
     long long residual_stride, y_stride;
     int M, N, K;
     int scale_shift;        // log2(tiles of one scale)
@@ -99,6 +111,14 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+__device__ __forceinline__ void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_kernel_in_front(const Problem &p) {
+    if (p.overlap) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
 #if BFLOAT
@@ -119,53 +139,74 @@ __device__ __forceinline__ void unpack(u32 both, float &low, float &high) {
 #endif
 }
 
-// One byte of a word, the one `place` has 0x80 in, to two weights.
-__device__ __forceinline__ u32 weights(u32 word, u32 place, float scale, u32 table) {
-    u32 address;
-    float low, high;
-    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(place), "r"(table));
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(low), "=f"(high) : "r"(address));
-    return pack(__fmul_rn(low, scale), __fmul_rn(high, scale));
+// The table's entry for a byte of codes, the even column's in the lower half.
+__device__ __forceinline__ u32 entry(const Codebook &codebook, int byte) {
+    float even = codebook.value[byte >> 4], odd = codebook.value[byte & 15];
+#if SCALE_SUMS
+    return pack(even, odd);
+#else
+    return (u32)((int)even + 32768) | (u32)((int)odd + 32768) << 16;
+#endif
 }
 
 // What a lane needs to decode, the same for every tile.
 struct Lane {
-    u32 table, codes, scales, place[2], from[2];
-    __device__ __forceinline__ Lane(u32 table, int warp, int lane) : table(table + lane % 16 * 8) {
+    u32 table, codes, scales;
+    __device__ __forceinline__ Lane(u32 table, int warp, int lane) : table(table + lane * 4) {
+        // ldmatrix gives lane t' of quad g word t' of lane 4 g + t: columns 8 t + 2 t' of both halves of 64.
         int row = lane % 8, line = 4 * warp + row / 2;
         codes = line * 128 + (((row % 2 * 4 + lane / 8) ^ (line & 7)) << 4);
         scales = warp * 64 * GROUPS + lane / 4 * 8;
-        place[0] = 0x80u << (lane % 2 * 16), place[1] = place[0] << 8;
-        from[0] = lane / 4 * 4 + lane % 4 / 2, from[1] = from[0] + 2;
         // Kept, not computed again in every tile.
-        asm volatile("" : "+r"(codes), "+r"(scales), "+r"(place[0]), "+r"(place[1]), "+r"(from[0]), "+r"(from[1]));
+        asm volatile("" : "+r"(codes), "+r"(scales));
     }
 };
 
-// This lane's part of 16 rows x 64 columns: four left operands of wgmma.
-__device__ __forceinline__ void decode(u32 (&left)[16], u32 codes, u32 scales, const Lane &lane) {
-    u32 word[4];
-    float scale[2 * GROUPS];
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "r"(codes + lane.codes));
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group)
-        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                     : "=f"(scale[2 * group]), "=f"(scale[2 * group + 1])
-                     : "r"(scales + lane.scales + group * 64));
-    // word[t] is word t' of lane t, t' being this lane of the quad; what is wanted of it are the pairs of columns t'.
-#pragma unroll
-    for (int a = 0; a < 2; ++a)
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-            u32 both = __shfl_sync(0xffffffffu, word[t], lane.from[a]);
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                left[8 * a + 2 * t + r] = weights(both, lane.place[r], scale[(GROUPS == 2 ? 2 * a : 0) + r], lane.table);
-        }
-}
+// A lane's part of 16 rows x 64 columns: four left operands of wgmma, and the scales of its two rows.
+struct Operand {
+    u32 left[16];
+    float scale[2];
 
-// sums += left @ x.T over 16 columns; keep is 0 for the first product of a tile of y.
+    __device__ __forceinline__ void decode(u32 codes, u32 scales, const Lane &lane, float inverse) {
+        u32 word[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "r"(codes + lane.codes));
+#pragma unroll
+        for (int a = 0; a < 2; ++a) {
+            if (a < GROUPS)
+                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                             : "=f"(scale[0]), "=f"(scale[1]) : "r"(scales + lane.scales + a * 64));
+#if !SCALE_SUMS
+            float factor[2], offset[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                // To 15 bits, so that OFFSET times it is exact, and zero stays zero.
+                factor[r] = __uint_as_float((__float_as_uint(scale[r] * inverse) + 0x100u) & 0xfffffe00u);
+                offset[r] = -OFFSET * factor[r];
+            }
+#endif
+#pragma unroll
+            for (int t = 0; t < 4; ++t)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    u32 address, both;
+                    asm("dp4a.u32.u32 %0, %1, %2, %3;"
+                        : "=r"(address) : "r"(word[t]), "r"(0x80u << (16 * a + 8 * r)), "r"(lane.table));
+                    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(address));
+#if SCALE_SUMS
+                    left[8 * a + 2 * t + r] = both;
+#else
+                    float even = __uint_as_float(__byte_perm(both, 0x4b000000u, 0x7610));
+                    float odd = __uint_as_float(__byte_perm(both, 0x4b000000u, 0x7632));
+                    left[8 * a + 2 * t + r] =
+                        pack(__fmaf_rn(even, factor[r], offset[r]), __fmaf_rn(odd, factor[r], offset[r]));
+#endif
+                }
+        }
+    }
+};
+
+// sums (keep ? += : =) left @ x.T over 16 columns.
 __device__ __forceinline__ void multiply(float (&sum)[TOKENS / 2], const u32 *left, u64 right, int keep) {
     asm volatile(PRODUCT : SUMS : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(keep));
 }
@@ -198,154 +239,153 @@ __device__ __forceinline__ float activate(float v) {
 #endif
 }
 
-// Where a program's tile lies. Programs side by side share W's rows: they are read once from memory.
+// Where a program's tile lies. Programs side by side share rows of W, which are read from memory once for TOKEN_BLOCKS.
 struct Place {
-    int first_token, first_row, first_tile, tiles, index, split;
+    int first_token, first_row, first_tile, tiles, split;
     __device__ __forceinline__ Place(const Problem &p, int work, int token_blocks) {
-        int token_block = work % token_blocks, rest = work / token_blocks;
+        int row_blocks = ((GATED ? p.N / 2 : p.N) + WIDTH - 1) / WIDTH;
+        int each = TOKEN_BLOCKS * p.splits * row_blocks, group = work / each;
+        int first_block = group * TOKEN_BLOCKS, here = min(TOKEN_BLOCKS, token_blocks - first_block);
+        int rest = work - group * each;
         split = rest % p.splits;
-        int row_block = rest / p.splits;
-        index = row_block * token_blocks + token_block;
-        first_token = token_block * TOKENS;
-        first_row = row_block * (GATED ? ROWS : ROWS * CONSUMERS);
+        rest /= p.splits;
+        first_token = (first_block + rest % here) * TOKENS;
+        first_row = rest / here * WIDTH;
         first_tile = split * p.tiles_each;
         tiles = min(p.tiles_each, p.K / 64 - first_tile);
     }
 };
 
+struct Shared {
+    u32 x, codes, scales, full, empty;
+};
+
 __device__ __forceinline__ void copy_tiles(const Problem &p, const Map *x, const Map *codes, const Map *scales,
-                                           u32 x_stages, u32 code_stages, u32 scale_stages, u32 full, u32 empty,
-                                           int works, int token_blocks) {
-    int stage = 0, parity = 1;
+                                           const Shared &shared, int works, int token_blocks) {
+    int stage = 0, parity = 1, ahead = 0;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
         int first = at.first_row / 16, second = (GATED ? at.first_row + p.N / 2 : at.first_row + ROWS) / 16;
-        for (int column = at.first_tile; column < at.first_tile + at.tiles; ++column) {
-            u32 done = full + stage * 8;
-            u32 code_stage = code_stages + stage * CODE_BYTES, scale_stage = scale_stages + stage * SCALE_BYTES;
+        auto copy_weights = [&](int stage, int column) {
+            u32 done = shared.full + stage * 8;
+            u32 code_stage = shared.codes + stage * CODE_BYTES, scale_stage = shared.scales + stage * SCALE_BYTES;
             int block = GROUPS == 2 ? 2 * column : column >> p.scale_shift;
-            wait_barrier(empty + stage * 8, parity);
             expect(done, X_BYTES + CODE_BYTES + SCALE_BYTES);
             copy_3d(code_stage, codes, 4 * column, first, done);
             copy_3d(code_stage + CODE_BYTES / 2, codes, 4 * column, second, done);
             copy_3d(scale_stage, scales, block, first, done);
             copy_3d(scale_stage + SCALE_BYTES / 2, scales, block, second, done);
-            copy_2d(x_stages + stage * X_BYTES, x, 64 * column, at.first_token, done);
+        };
+        if (work == blockIdx.x) {
+            // Weights were there before the kernel in front; x may be what it writes.
+            for (; ahead < min(STAGES, at.tiles); ++ahead) copy_weights(ahead, at.first_tile + ahead);
+            wait_for_kernel_in_front(p);
+        }
+        for (int k = 0; k < at.tiles; ++k) {
+            int column = at.first_tile + k;
+            if (ahead)
+                --ahead;
+            else {
+                wait_barrier(shared.empty + stage * 8, parity);
+                copy_weights(stage, column);
+            }
+            copy_2d(shared.x + stage * X_BYTES, x, 64 * column, at.first_token, shared.full + stage * 8);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
     }
 }
 
-// The sums of every part of K, added up in order by the program that comes last. False for all others.
-__device__ __forceinline__ bool add_parts(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], int *shared) {
-    if (p.splits == 1) return true;
-    int thread = threadIdx.x - WARPGROUP;
-    const int count = TOKENS / 8, threads = CONSUMERS * WARPGROUP;
-    float4 *parts = (float4 *)p.partial + (long long)at.index * p.splits * count * threads + thread;
-    float4 *mine = parts + (long long)at.split * count * threads;
-#pragma unroll
-    for (int i = 0; i < count; ++i)
-        __stcg(mine + i * threads, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
-    __threadfence();
-    sync_threads(1, threads);
-    if (thread == 0) *shared = atomicAdd(p.tickets + at.index, 1);
-    sync_threads(1, threads);
-    if (*shared != p.splits - 1) return false;
-    __threadfence();
-    if (thread == 0) p.tickets[at.index] = 0;
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
-    for (int split = 0; split < p.splits; ++split)
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-            float4 part = __ldcg(parts + ((long long)split * count + i) * threads);
-            sum[4 * i] += part.x, sum[4 * i + 1] += part.y, sum[4 * i + 2] += part.z, sum[4 * i + 3] += part.w;
-        }
-    return true;
-}
-
-// Sums to y: rows of W are a lane's rows, so eight tokens by eight rows are turned around on the way (stmatrix).
-__device__ __forceinline__ void finish(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], char *staging,
-                                       float4 *handed) {
-    int thread = threadIdx.x % WARPGROUP, consumer = threadIdx.x / WARPGROUP - 1, warp = thread / 32, lane = thread % 32;
-    int out = GATED ? p.N / 2 : p.N;
-    int row = at.first_row + (GATED ? 0 : consumer * ROWS);
-    int bias_row = (GATED ? at.first_row + consumer * (p.N / 2) : row) + warp * 16 + lane / 4;
-    float bias0 = load_bias(p, bias_row), bias1 = load_bias(p, bias_row + 8);
+// 16 results of a lane, of COUNT x 16 tokens and 64 rows of W by a warpgroup, to y. Rows of W are a lane's rows, so
+// eight tokens by eight rows are turned around on the way (stmatrix).
+template <int COUNT>
+__device__ __forceinline__ void leave(const Problem &p, float (&v)[COUNT][8], int token, int row, int out, char *staging,
+                                      int consumer) {
+    int thread = threadIdx.x % WARPGROUP, warp = thread / 32, lane = thread % 32;
     char *mine = staging + consumer * PART * PITCH;
     u32 corner = shared_address(mine) + (lane / 16 * 8 + lane % 8) * PITCH + (warp * 16 + lane / 8 % 2 * 8) * 2;
+    if (p.residual) {
+        for (int i = thread; i < COUNT * 16 * 8; i += WARPGROUP) {
+            int m = token + i / 8, n = row + i % 8 * 8;
+            char *to = mine + i / 8 * PITCH + i % 8 * 16;
+            const char *from = p.residual + (long long)m * p.residual_stride + n * 2;
+            if (m < p.M && p.vectors && n + 8 <= out)
+                *(uint4 *)to = *(const uint4 *)from;
+            else
+                for (int e = 0; e < 8; ++e)
+                    ((unsigned short *)to)[e] = m < p.M && n + e < out ? ((const unsigned short *)from)[e] : 0;
+        }
+        sync_threads(2 + consumer, WARPGROUP);
+    }
+#pragma unroll
+    for (int pair = 0; pair < COUNT; ++pair) {
+        u32 address = corner + pair * 16 * PITCH, r[4];
+        if (p.residual) {
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float low, high;
+                unpack(r[i], low, high);
+                v[pair][2 * i] += low, v[pair][2 * i + 1] += high;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) r[i] = pack(v[pair][2 * i], v[pair][2 * i + 1]);
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                     "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+    }
+    sync_threads(2 + consumer, WARPGROUP);
+#pragma unroll
+    for (int i = thread; i < COUNT * 16 * 8; i += WARPGROUP) {
+        int m = token + i / 8, n = row + i % 8 * 8;
+        const char *from = mine + i / 8 * PITCH + i % 8 * 16;
+        char *to = p.y + (long long)m * p.y_stride + n * 2;
+        if (m >= p.M) continue;
+        if (p.vectors && n + 8 <= out)
+            *(uint4 *)to = *(const uint4 *)from;
+        else
+            for (int e = 0; e < 8; ++e)
+                if (n + e < out) ((unsigned short *)to)[e] = ((const unsigned short *)from)[e];
+    }
+    sync_threads(2 + consumer, WARPGROUP);
+}
+
+// Sums of a whole K to y.
+__device__ __forceinline__ void finish(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], char *staging,
+                                       float4 *handed) {
+    int thread = threadIdx.x % WARPGROUP, consumer = threadIdx.x / WARPGROUP - 1;
+    int out = GATED ? p.N / 2 : p.N, row = at.first_row + (GATED ? 0 : consumer * ROWS);
+    int bias_row = at.first_row + consumer * (GATED ? p.N / 2 : ROWS) + thread / 32 * 16 + thread % 32 / 4;
+    float bias[2] = {load_bias(p, bias_row), load_bias(p, bias_row + 8)};
 #pragma unroll
     for (int part = 0; part < TOKENS / PART; ++part) {
         int token = at.first_token + part * PART;
         if (token >= p.M) break;
+        float v[PART / 16][8];
+#pragma unroll
+        for (int i = 0; i < PART / 2; ++i) v[i / 8][i % 8] = sum[part * PART / 2 + i] + bias[i / 2 % 2];
 #if GATED
         // Gates and what they multiply lie in the same lanes of the two warpgroups.
         if (consumer == 1)
 #pragma unroll
             for (int i = 0; i < PART / 8; ++i) {
-                const float *s = sum + 4 * (part * PART / 8 + i);
-                handed[i * WARPGROUP + thread] = make_float4(s[0] + bias0, s[1] + bias0, s[2] + bias1, s[3] + bias1);
+                const float *s = v[i / 2] + i % 2 * 4;
+                handed[i * WARPGROUP + thread] = make_float4(s[0], s[1], s[2], s[3]);
             }
         sync_threads(1, CONSUMERS * WARPGROUP);
         if (consumer == 0) {
 #endif
-        if (p.residual) {
-            for (int i = thread; i < PART * 8; i += WARPGROUP) {
-                int m = token + i / 8, n = row + i % 8 * 8;
-                char *to = mine + i / 8 * PITCH + i % 8 * 16;
-                const char *from = p.residual + (long long)m * p.residual_stride + n * 2;
-                if (m < p.M && p.vectors && n + 8 <= out)
-                    *(uint4 *)to = *(const uint4 *)from;
-                else
-                    for (int e = 0; e < 8; ++e)
-                        ((unsigned short *)to)[e] = m < p.M && n + e < out ? ((const unsigned short *)from)[e] : 0;
-            }
-            sync_threads(2 + consumer, WARPGROUP);
-        }
 #pragma unroll
-        for (int pair = 0; pair < PART / 16; ++pair) {
-            float v[8];
-            u32 address = corner + pair * 16 * PITCH;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                int at_sum = 4 * (part * PART / 8 + pair * 2) + i;
-                v[i] = activate(sum[at_sum] + (i & 2 ? bias1 : bias0));
-            }
+            for (int i = 0; i < PART / 2; ++i) v[i / 8][i % 8] = activate(v[i / 8][i % 8]);
 #if GATED
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float4 up = handed[(pair * 2 + i) * WARPGROUP + thread];
-                v[4 * i] *= up.x, v[4 * i + 1] *= up.y, v[4 * i + 2] *= up.z, v[4 * i + 3] *= up.w;
+            for (int i = 0; i < PART / 8; ++i) {
+                float4 up = handed[i * WARPGROUP + thread];
+                float *s = v[i / 2] + i % 2 * 4;
+                s[0] *= up.x, s[1] *= up.y, s[2] *= up.z, s[3] *= up.w;
             }
 #endif
-            if (p.residual) {
-                u32 r[4];
-                asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
-                             : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float low, high;
-                    unpack(r[i], low, high);
-                    v[2 * i] += low, v[2 * i + 1] += high;
-                }
-            }
-            asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-                         "r"(pack(v[0], v[1])), "r"(pack(v[2], v[3])), "r"(pack(v[4], v[5])), "r"(pack(v[6], v[7]))
-                         : "memory");
-        }
-        sync_threads(2 + consumer, WARPGROUP);
-        for (int i = thread; i < PART * 8; i += WARPGROUP) {
-            int m = token + i / 8, n = row + i % 8 * 8;
-            const char *from = mine + i / 8 * PITCH + i % 8 * 16;
-            char *to = p.y + (long long)m * p.y_stride + n * 2;
-            if (m >= p.M) continue;
-            if (p.vectors && n + 8 <= out)
-                *(uint4 *)to = *(const uint4 *)from;
-            else
-                for (int e = 0; e < 8; ++e)
-                    if (n + e < out) ((unsigned short *)to)[e] = ((const unsigned short *)from)[e];
-        }
-        sync_threads(2 + consumer, WARPGROUP);
+            leave<PART / 16>(p, v, token, row, out, staging, consumer);
 #if GATED
         }
         sync_threads(1, CONSUMERS * WARPGROUP);
@@ -353,87 +393,158 @@ __device__ __forceinline__ void finish(const Problem &p, const Place &at, float 
     }
 }
 
-// Products of one tile with the operands in `left`, the next tile decoded into `next` meanwhile.
-__device__ __forceinline__ void step(float (&sum)[TOKENS / 2], u32 (&left)[16], u32 (&next)[16], bool is_first,
-                                     bool has_next, u32 x_stages, u32 codes, u32 scales, u32 full, u32 empty,
-                                     int &stage, int &parity, const Lane &lane) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-    u64 right = describe(x_stages + stage * X_BYTES);
+// The same for parts of K: each program of the cluster adds up some tokens, in the order of the parts.
+__device__ __forceinline__ void finish_parts(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], float4 *sums,
+                                             char *staging) {
+    const int threads = CONSUMERS * WARPGROUP;
+    int thread = threadIdx.x - WARPGROUP, consumer = thread / WARPGROUP, lane = thread % WARPGROUP;
+    int out = GATED ? p.N / 2 : p.N, row = at.first_row + (GATED ? 0 : consumer * ROWS);
+    int bias_row = at.first_row + (GATED ? 0 : consumer * ROWS) + lane / 32 * 16 + lane % 32 / 4;
+    // The tiles of x and W that lay here are used up, by both warpgroups.
+    sync_threads(1, threads);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) multiply(sum, left + 4 * j, right + 2 * j, !(is_first && j == 0));
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    u32 done = empty + stage * 8;
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-    if (has_next) {
-        wait_barrier(full + stage * 8, parity);
-        decode(next, codes + stage * CODE_BYTES, scales + stage * SCALE_BYTES, lane);
+    for (int i = 0; i < TOKENS / 8; ++i)
+        sums[i * threads + thread] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+    sync_cluster();
+    for (int pair = at.split; pair < TOKENS / 16; pair += p.splits) {
+        int token = at.first_token + pair * 16;
+        // Gates and what they multiply are both at hand: the warpgroups take turns.
+        if (token >= p.M || (GATED && pair / p.splits % 2 != consumer)) continue;
+        float v[1 + GATED][8];
+#pragma unroll
+        for (int half = 0; half < 1 + GATED; ++half) {
+            float b[2] = {load_bias(p, bias_row + half * (p.N / 2)), load_bias(p, bias_row + half * (p.N / 2) + 8)};
+            u32 here = shared_address(sums + 2 * pair * threads + (GATED ? half * WARPGROUP + lane : thread));
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[half][i] = b[i / 2 % 2];
+            for (int other = 0; other < p.splits; ++other) {
+                u32 there;
+                asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(other));
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float4 f;
+                    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "r"(there + i * threads * 16));
+                    v[half][4 * i] += f.x, v[half][4 * i + 1] += f.y;
+                    v[half][4 * i + 2] += f.z, v[half][4 * i + 3] += f.w;
+                }
+            }
+        }
+        float result[1][8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) result[0][i] = activate(v[0][i]) * (GATED ? v[GATED][i] : 1.f);
+        leave<1>(p, result, token, row, out, staging, consumer);
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    // The tensor cores read these up to here, which the compiler does not see.
-#pragma unroll
-    for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(left[i]));
-    if (threadIdx.x % 32 == 0) arrive(done);
+    // Shared memory stays until everybody has read it.
+    sync_cluster();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+struct Multiplier {
+    Shared shared;
+    Lane lane;
+    float inverse;
+    int stage, parity;
+
+    __device__ __forceinline__ void decode(Operand &operand) {
+        wait_barrier(shared.full + stage * 8, parity);
+        operand.decode(shared.codes + stage * CODE_BYTES, shared.scales + stage * SCALE_BYTES, lane, inverse);
+    }
+
+    // Products of one tile, the next one decoded meanwhile.
+    __device__ __forceinline__ void step(float (&sum)[TOKENS / 2], Operand &now, Operand &next, bool is_first,
+                                         bool has_next) {
+#if SCALE_SUMS
+        float product[TOKENS / 2];
+#endif
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        u64 right = describe(shared.x + stage * X_BYTES);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#if SCALE_SUMS
+            multiply(product, now.left + 4 * j, right + 2 * j, j > 0);
+#else
+            multiply(sum, now.left + 4 * j, right + 2 * j, !(is_first && j == 0));
+#endif
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        u32 done = shared.empty + stage * 8;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+        if (DECODE_AHEAD && has_next) decode(next);
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        // The tensor cores read these up to here, which the compiler does not see.
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(now.left[i]));
+        if (threadIdx.x % 32 == 0) arrive(done);
+#if SCALE_SUMS
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i)
+            sum[i] = is_first ? product[i] * now.scale[i / 2 % 2] : __fmaf_rn(product[i], now.scale[i / 2 % 2], sum[i]);
+#endif
+        if (!DECODE_AHEAD && has_next) decode(now);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __grid_constant__ Map absmax,
           const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
     extern __shared__ char memory[];
     char *base = memory + (1024 - (shared_address(memory) & 1023)) % 1024;
-    u32 x_stages = shared_address(base);
-    u32 code_stages = x_stages + STAGES * X_BYTES, scale_stages = code_stages + STAGES * CODE_BYTES;
     char *table = base + STAGES * (X_BYTES + CODE_BYTES + SCALE_BYTES);
     char *staging = table + TABLE_BYTES;
     float4 *handed = (float4 *)(staging + STAGING_BYTES);
-    char *tail = (char *)handed + HANDED_BYTES;
-    u32 full = shared_address(tail), empty = full + STAGES * 8;
-    int *shared = (int *)(tail + STAGES * 16);
+    Shared shared;
+    shared.x = shared_address(base);
+    shared.codes = shared.x + STAGES * X_BYTES;
+    shared.scales = shared.codes + STAGES * CODE_BYTES;
+    shared.full = shared_address(handed) + HANDED_BYTES;
+    shared.empty = shared.full + STAGES * 8;
 
     int token_blocks = (p.M + TOKENS - 1) / TOKENS;
-    int width = GATED ? ROWS : ROWS * CONSUMERS, out = GATED ? p.N / 2 : p.N;
-    int works = token_blocks * ((out + width - 1) / width) * p.splits;
+    int works = token_blocks * (((GATED ? p.N / 2 : p.N) + WIDTH - 1) / WIDTH) * p.splits;
 
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            init_barrier(full + i * 8, 1);
-            init_barrier(empty + i * 8, CONSUMERS * 4);
+            init_barrier(shared.full + i * 8, 1);
+            init_barrier(shared.empty + i * 8, CONSUMERS * 4);
         }
         // The copies arrive there from outside of what threads see.
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-    // Eight lanes write the 16 copies of an entry.
-    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
-        int entry = i / 8;
-        float even = codebook.value[entry >> 4], odd = codebook.value[entry & 15];
-        *(float4 *)(table + i * 16) = make_float4(even, odd, even, odd);
-    }
-    if (p.overlap) asm volatile("griddepcontrol.wait;" ::: "memory");
     __syncthreads();
 
     if (threadIdx.x < WARPGROUP) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 0)
-            copy_tiles(p, &x, &w, &absmax, x_stages, code_stages, scale_stages, full, empty, works, token_blocks);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
+        if (threadIdx.x == 0) copy_tiles(p, &x, &w, &absmax, shared, works, token_blocks);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     int consumer = threadIdx.x / WARPGROUP - 1;
-    u32 codes = code_stages + consumer * (CODE_BYTES / 2), scales = scale_stages + consumer * (SCALE_BYTES / 2);
-    Lane lane(shared_address(table), threadIdx.x / 32 % 4, threadIdx.x % 32);
-    int stage = 0, parity = 0;
+    // Eight threads write the 32 copies of an entry.
+    for (int i = threadIdx.x - WARPGROUP; i < 256 * 8; i += CONSUMERS * WARPGROUP) {
+        u32 both = entry(codebook, i / 8);
+        *(uint4 *)(table + i * 16) = make_uint4(both, both, both, both);
+    }
+    sync_threads(1, CONSUMERS * WARPGROUP);
+    wait_for_kernel_in_front(p);
+    Shared mine = shared;
+    mine.codes += consumer * (CODE_BYTES / 2), mine.scales += consumer * (SCALE_BYTES / 2);
+    Multiplier multiplier{mine, Lane(shared_address(table), threadIdx.x / 32 % 4, threadIdx.x % 32), codebook.inverse, 0, 0};
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
         float sum[TOKENS / 2];
-        u32 one[16], two[16];
-        wait_barrier(full + stage * 8, parity);
-        decode(one, codes + stage * CODE_BYTES, scales + stage * SCALE_BYTES, lane);
+        Operand one, two;
+        multiplier.decode(one);
         for (int k = 0; k < at.tiles; k += 2) {
-            step(sum, one, two, k == 0, k + 1 < at.tiles, x_stages, codes, scales, full, empty, stage, parity, lane);
-            if (k + 1 < at.tiles)
-                step(sum, two, one, false, k + 2 < at.tiles, x_stages, codes, scales, full, empty, stage, parity,
-                     lane);
+            multiplier.step(sum, one, two, k == 0, k + 1 < at.tiles);
+            if (k + 1 < at.tiles) multiplier.step(sum, DECODE_AHEAD ? two : one, one, false, k + 2 < at.tiles);
         }
-        if (add_parts(p, at, sum, shared)) finish(p, at, sum, staging, handed);
+#if SCALE_SUMS
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sum[i] *= codebook.inverse;
+#endif
+        if (p.splits == 1)
+            finish(p, at, sum, staging, handed);
+        else
+            finish_parts(p, at, sum, (float4 *)base, staging);
     }
 }
