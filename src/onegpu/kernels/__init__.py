@@ -13,11 +13,13 @@ from onegpu.kernels.ops import (
     quantize_8bit_rows,
     why_not_triton,
 )
+from onegpu.kernels.prompt_ops import gated_activation, rotate_and_append
 
 __all__ = [
     "append_kv",
     "decode_attention",
     "dequantize_4bit",
+    "gated_activation",
     "kernel_for",
     "linear_4bit",
     "linear_8bit",
@@ -27,6 +29,7 @@ __all__ = [
     "quantize_8bit_rows",
     "rms_norm",
     "rotary_decode_attention",
+    "rotate_and_append",
     "why_not_kv_dtype",
     "why_not_triton",
 ]
