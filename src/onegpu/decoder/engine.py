@@ -187,7 +187,7 @@ class Engine:
         return torch.cat(logits)
 
     def rows_of(self, sequences: list[Sequence]) -> Iterator[list[tuple[Sequence, Segment]]]:
-        """Prompts joined in rows of at most `chunk` tokens; a longer one is cut in at most `MOST_PIECES`."""
+        """Prompts joined in rows of at most `chunk` tokens; a longer one is whole, or cut in at most `MOST_PIECES`."""
         row: list[tuple[Sequence, Segment]] = []
         size = 0
         for sequence in sequences:
@@ -196,7 +196,8 @@ class Engine:
                 yield row
                 row, size = [], 0
             # Each piece reads, and in 4 bit decodes, all weights once: a long prompt pays for more memory with speed.
-            piece = max(self.chunk, -(-length // MOST_PIECES))
+            pieces = 1 if self.workspace.takes_long_prompts else MOST_PIECES
+            piece = max(self.chunk, -(-length // pieces))
             for start in range(0, length, piece):
                 segment = Segment(sequence.slot, start, min(piece, length - start))
                 if length > self.chunk:

@@ -10,19 +10,40 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from onegpu.decoder.cache import KVCache
 from onegpu.decoder.graphs import capture
-from onegpu.decoder.universal import PrefillInputs, UniversalPrefill
 from onegpu.decoder.views import Segment
 
-__all__ = ["PrefillGraphs"]
+__all__ = ["CapturablePrefill", "PrefillGraphs"]
 
 LENGTHS = (32, 64, 128, 192, 256, 384, 512)
 MAX_GRAPHS = 16
+
+
+class CapturablePrefill(Protocol):
+    """A `Prefill` in two parts: what the host prepares, with `wanted` among it, and what runs on the device alone."""
+
+    @property
+    def kv(self) -> KVCache:
+        """Where it writes."""
+        ...
+
+    def __call__(self, segments: Sequence[Segment], tokens: Tensor, keep: Sequence[int]) -> Tensor:
+        """Logits [len(keep), V]; see `UniversalPrefill`."""
+        ...
+
+    def inputs(self, segments: Sequence[Segment], keep: Sequence[int], device: torch.device) -> Any:
+        """The device's side of a row."""
+        ...
+
+    def run(self, tokens: Tensor, inputs: Any) -> Tensor:
+        """Logits from inputs on the device."""
+        ...
 
 
 @dataclass(slots=True)
@@ -30,7 +51,7 @@ class Captured:
     """The buffers of one graph, and what replays it."""
 
     tokens: Tensor
-    inputs: PrefillInputs
+    inputs: Any
     logits: Tensor
     replay: Callable[[], None]
 
@@ -45,7 +66,7 @@ class PrefillGraphs:
     `refused` says why nothing is captured, once something could not be.
     """
 
-    def __init__(self, plain: UniversalPrefill, pool: Callable[[], Any]) -> None:
+    def __init__(self, plain: CapturablePrefill, pool: Callable[[], Any]) -> None:
         self.plain = plain
         self.pool = pool
         self.captured: dict[tuple[int, int], Captured] = {}

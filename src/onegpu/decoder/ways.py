@@ -18,12 +18,13 @@ from onegpu.decoder.arguments import vocabulary_of
 from onegpu.decoder.cache import KVCache, LayerShape
 from onegpu.decoder.crossed import CrossedCache, CrossedPrefill, CrossedStep
 from onegpu.decoder.crossed_proof import CrossedTrial, make_crossed_trial, why_not_crossed
-from onegpu.decoder.fused import CheckedStep, FusedPlan, prove, recognise
+from onegpu.decoder.fused import CheckedStep, FusedPlan, FusedPrompt, prove, recognise
 from onegpu.decoder.masked import MaskedPrefill, MaskedStep
 from onegpu.decoder.options import DecoderOptions
 from onegpu.decoder.prove import Trial, layer_shapes, make_trial, why_not_equal
 from onegpu.decoder.step import StepForward
 from onegpu.decoder.universal import UniversalPrefill, UniversalStep
+from onegpu.decoder.views import SlotView
 from onegpu.errors import UnsupportedError
 
 __all__ = ["Way", "find_way"]
@@ -119,10 +120,17 @@ def fuse(model: nn.Module, slots: Way, trial: Trial) -> Way | str:
     if isinstance(plan, str):
         return f"its layers are not fused: {plan}"
     reason = prove(plan)
+    whole = FusedPrompts(plan, slots.chunk)
     # A plan is kept by its model, which it must not keep alive.
     plan.model = weakref.proxy(model)  # type: ignore[assignment]
     if reason is None:
-        way = replace(slots, name="fused", step=FusedSteps(plan), plan=plan, notes=tuple(plan.report()[1:]))
+        notes = tuple(plan.report()[1:])
+        way = replace(slots, name="fused", prefill=whole, step=FusedSteps(plan), plan=plan, notes=notes)
+        why_not_prompts = plan.why_not_prompts or why_not(model, way, trial)
+        if why_not_prompts is None:
+            return way
+        notes += (f"prompts go through its own layers: {why_not_prompts}",)
+        way = replace(way, prefill=UniversalPrefill, notes=notes)
         reason = why_not(model, way, trial)
         if reason is None:
             return way
@@ -143,13 +151,25 @@ def why_not(model: nn.Module, way: Way, trial: Trial) -> str | None:
     # More rows of a fused step are held against one when they first come.
     rows = 1 if way.name == "fused" and not isinstance(step, UniversalStep) else None
     reason = why_not_equal(trial, prefill, step, way.chunk != UNLIMITED, rows)
-    view = step.view if isinstance(step, UniversalStep) else prefill.view if way.name == "fused" else None
-    if way.name != "masked" and (view is None or len(view.windows) < len(way.shapes)):
+    asked = windows_asked(way, prefill, step)
+    if way.name != "masked" and (asked is None or len(asked) < len(way.shapes)):
         return "its layers compute attention themselves"
     windows = {index: shape.window for index, shape in enumerate(way.shapes)}
-    if reason is None and view is not None and view.windows != windows:
+    if reason is None and asked is not None and asked != windows:
         return "its layers' sliding windows are not those of its cache"
     return reason
+
+
+def windows_asked(way: Way, prefill: Any, step: StepForward) -> dict[int, int | None] | None:
+    """The window that each layer's attention asked for in the last forward; None where there was none of ours."""
+    view: SlotView | None = None
+    if isinstance(step, UniversalStep):
+        view = step.view
+    elif isinstance(prefill, UniversalPrefill):
+        view = prefill.view
+    elif way.plan is not None:
+        return dict(enumerate(way.plan.windows))
+    return None if view is None else view.windows
 
 
 def find_crossed(model: nn.Module, vocabulary: int, device: torch.device) -> Way | str:
@@ -181,6 +201,19 @@ def crossed_way(model: nn.Module, trial: CrossedTrial, masks_source: bool) -> Wa
         width=trial.hidden.shape[-1],
         masks_source=masks_source,
     )
+
+
+class FusedPrompts:
+    """Makes the fused prompt over a cache, or the universal one where the cache is too long for it."""
+
+    def __init__(self, plan: FusedPlan, chunk: int) -> None:
+        self.plan, self.chunk = plan, chunk
+
+    def __call__(self, model: nn.Module, kv: KVCache) -> FusedPrompt | UniversalPrefill:
+        try:
+            return FusedPrompt(self.plan, kv, self.chunk)
+        except UnsupportedError:
+            return UniversalPrefill(model, kv)
 
 
 class FusedSteps:

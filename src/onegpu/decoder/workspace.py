@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onegpu.decoder.cache import KVCache
+from onegpu.decoder.fused import FusedPrompt
 from onegpu.decoder.graphs import capture
 from onegpu.decoder.prefill_graphs import PrefillGraphs
 from onegpu.decoder.sampling import Selection
@@ -63,9 +64,11 @@ class Workspace:
     pool: Any = None
     user: Callable[[], Any] = lambda: None  # gives the engine that runs over it, as long as there is one
     choices: dict[Hashable, Choice] = field(default_factory=dict)  # with the buffers that graphs hold
+    takes_long_prompts: bool = False  # whether a prompt of any length is one row, cut inside where that saves memory
 
     def __post_init__(self) -> None:
-        if self.use_graphs and type(self.prefill) is UniversalPrefill:
+        self.takes_long_prompts = isinstance(self.prefill, FusedPrompt)
+        if self.use_graphs and isinstance(self.prefill, (UniversalPrefill, FusedPrompt)):
             self.prefill = PrefillGraphs(self.prefill, self.shared_pool)
 
     def rows_for(self, rows: int) -> int:

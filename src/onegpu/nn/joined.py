@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from onegpu.config import NESTED_BLOCKSIZE
 from onegpu.formats.tiling import TILE_ROWS
-from onegpu.kernels import linear_8bit, linear_8bit_rows, linear_16bit
+from onegpu.kernels import gated_activation, linear_8bit, linear_8bit_rows, linear_16bit
 from onegpu.kernels.tail import apply_tail
 from onegpu.kernels.tiled_ops import linear_4bit_tiled
 from onegpu.nn import layout
@@ -28,7 +28,8 @@ from onegpu.nn.state import NESTED, dtype_named, tile_state
 
 __all__ = ["Joined", "is_plain_linear", "join"]
 
-# Up to so many rows an 8-bit product keeps x in 16 bit; beyond, it is its layer's own, with x in int8 too.
+# Up to so many rows an 8-bit product keeps x in 16 bit; beyond, it is its layer's own, with x in int8 too. And up to so
+# many a 16-bit product has its tail in the same kernel.
 FEW_ROWS: Final = 64
 
 
@@ -107,14 +108,12 @@ class Joined:
                     x, buffers.weight, buffers.scales, buffers.bias, residual, activation, gated, overlap
                 )
             y = linear_8bit(x, buffers.weight, buffers.scales, buffers.bias, first.threshold)
-            return apply_tail(y.float(), residual, activation, gated, x.dtype)
-        if x.is_cuda or x.dtype == torch.float32:
+            return followed(y, residual, activation, gated)
+        is_few, is_sum = x.numel() <= FEW_ROWS * x.shape[-1], activation is None and buffers.bias is None
+        if x.dtype == torch.float32 or (x.is_cuda and (is_few or is_sum)):
             return linear_16bit(x, buffers.weight, buffers.bias, residual, activation, gated, overlap)
-        # On a CPU a float32 product would copy the weight: rounded before the tail, as the modules do.
-        y = linear_16bit(x, buffers.weight, buffers.bias)
-        if residual is None and activation is None:
-            return y
-        return apply_tail(y.float(), residual, activation, gated, x.dtype)
+        # Many rows in float32 would be a second trip through memory, and on a CPU a copy of the weight.
+        return followed(linear_16bit(x, buffers.weight, buffers.bias), residual, activation, gated)
 
     def is_intact(self) -> bool:
         """Whether the layers' tensors still are the parts of the joint ones: nobody moved, replaced or cast them.
@@ -155,6 +154,15 @@ class Joined:
                 layout.untile(module)
         self.buffers, self.tiled_here = None, []
         self.reason = self.reason or "split"
+
+
+def followed(y: Tensor, residual: Tensor | None, activation: str | None, gated: bool) -> Tensor:
+    """The tail of a product y that nobody else holds, rounded before it as modules in a row do."""
+    if activation is not None and gated and residual is None:
+        return gated_activation(y, activation)
+    if activation is not None:
+        return apply_tail(y.float(), residual, activation, gated, y.dtype)
+    return y if residual is None else y.add_(residual)
 
 
 def join(modules: Sequence[nn.Module], dtype: torch.dtype | None = None, tile: bool | None = None) -> Joined:

@@ -80,17 +80,25 @@ class Rotary:
         once = angles if self.given == "once" else angles[:, : angles.shape[-1] // 2]
         return once.repeat_interleave(2, -1) if self.interleaved else torch.cat((once, once), -1)
 
-    def table(self, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """[capacity, 2, R]: cos and sin of every position of a slot.
+    def check(self, capacity: int) -> None:
+        """Refuse slots whose last positions have frequencies that depend on the length of the sequence.
 
         Raises:
-            UnsupportedError: positions whose frequencies depend on the length of the sequence.
+            UnsupportedError: it is so.
         """
         if self.max_positions is not None and capacity > self.max_positions:
             raise UnsupportedError(
                 f"beyond {self.max_positions} positions this model's rotary frequencies depend on the sequence's "
                 f"length; the cache has room for {capacity}"
             )
+
+    def table(self, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[capacity, 2, R]: cos and sin of every position of a slot.
+
+        Raises:
+            UnsupportedError: as `check`.
+        """
+        self.check(capacity)
         return torch.stack(self.cos_sin(torch.arange(capacity, device=device), dtype), dim=1)
 
 
@@ -155,6 +163,7 @@ class FusedPlan:
     """A whole model, made by `recognise`.
 
     `names` has the full name of each module the plan rests on, so that a module put in its place later is noticed.
+    `why_not_prompts`: why prompts go through the plain layers though steps do not; None where `prove` found no reason.
     """
 
     model: nn.Module
@@ -172,6 +181,7 @@ class FusedPlan:
     experts_configs: tuple[Any, ...] = ()
     names: dict[str, nn.Module] = field(default_factory=dict)
     joined_head: Joined | None = None
+    why_not_prompts: str | None = "not proved yet"
 
     @property
     def windows(self) -> list[int | None]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 from onegpu.decoder.cache import KVCache
 from onegpu.decoder.fused.plan import FusedPlan, LayerPlan
 from onegpu.decoder.fused.probe import ModuleCall, watched
-from onegpu.decoder.fused.rehearse import layer_shapes, prompt_products, rehearse
+from onegpu.decoder.fused.prompt import FusedPrompt
+from onegpu.decoder.fused.rehearse import layer_shapes, prompt_products, rehearse, rehearse_prompt
 from onegpu.decoder.fused.step import FusedStep
+from onegpu.decoder.views import Segment
 from onegpu.errors import OneGpuError
 from onegpu.kernels.compile_ahead import compile_ahead
 from onegpu.nn import QuantLinear8bit
@@ -57,8 +60,9 @@ def prove(plan: FusedPlan) -> str | None:
     try:
         logits, calls = plain_run(plan, tokens)
         plan.join()
-        compile_ahead(lambda: rehearse(plan, ROWS), plan.device, prompt_products(plan))
+        compile_ahead(partial(rehearse_all, plan), plan.device, prompt_products(plan))
         reason = compare(plan, tokens, logits, calls)
+        plan.why_not_prompts = compare_prompts(plan, calls)
     except OneGpuError as error:
         reason = error.message
     if reason is not None:
@@ -75,6 +79,12 @@ def plain_run(plan: FusedPlan, tokens: Tensor) -> tuple[Tensor, dict[nn.Module, 
     with torch.no_grad(), exact_int8(plan), by_definition(plan.model), watched([*modules, plan.norm.module], calls):
         logits: Tensor = plan.model(input_ids=tokens, use_cache=False).logits
     return logits, {call.module: call for call in calls}
+
+
+def rehearse_all(plan: FusedPlan) -> None:
+    """What a step of one row launches, and a prompt."""
+    rehearse(plan, ROWS)
+    rehearse_prompt(plan)
 
 
 @contextmanager
@@ -116,6 +126,21 @@ def compare(plan: FusedPlan, tokens: Tensor, logits: Tensor, calls: dict[nn.Modu
             # The keys and values of the tokens before are those of the halves.
             got = step(tokens[:, -1], places[-1])
             found.append(apart(got, logits[:, -1], plan, "the whole step", 2 * len(plan.layers) + 1))
+    return first_beyond(found)
+
+
+def compare_prompts(plan: FusedPlan, calls: dict[nn.Module, ModuleCall]) -> str | None:
+    """What differs in the attention of a prompt, all tokens at once; what else it does, a step does row by row."""
+    prompt = FusedPrompt(plan, KVCache(layer_shapes(plan), 1, STEPS), STEPS)
+    with torch.no_grad():
+        inputs = prompt.inputs((Segment(0, 0, STEPS),), (STEPS - 1,), plan.device)
+        angles = prompt.angles(inputs)
+        found = []
+        for index, layer in enumerate(plan.layers):
+            given = calls[plan.names[layer.name]].given[:1]
+            middle = calls[middle_of(layer)].given.view(-1, *given.shape[1:])[:1]
+            got = prompt.attention(index, given[0], inputs, angles)[None]
+            found.append(change_apart(plan, given, middle, got, f"attention of a prompt of {layer.name}"))
     return first_beyond(found)
 
 

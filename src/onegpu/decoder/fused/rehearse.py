@@ -10,14 +10,16 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from onegpu.decoder.cache import KVCache, LayerShape
 from onegpu.decoder.fused.plan import FusedPlan, LayerPlan
+from onegpu.decoder.fused.prompt import FusedPrompt, attend
 from onegpu.decoder.fused.step import FusedStep
-from onegpu.nn import QuantLinear4bit
+from onegpu.decoder.views import Segment
+from onegpu.kernels import gated_activation
+from onegpu.nn import Joined, QuantLinear4bit
 
-__all__ = ["PROMPT_ROWS", "layer_shapes", "prompt_products", "rehearse"]
+__all__ = ["PROMPT_ROWS", "layer_shapes", "prompt_products", "rehearse", "rehearse_prompt"]
 
 CAPACITY: Final = 16
 # Rows of a prompt that the products are prepared for, and that the proof takes.
@@ -41,16 +43,39 @@ def rehearse(plan: FusedPlan, rows: int) -> None:
         step.logits(hidden)
 
 
+def rehearse_prompt(plan: FusedPlan) -> None:
+    """Launch what a prompt of up to `PROMPT_ROWS` tokens launches between its products."""
+    limits = [rotary.max_positions for rotary in plan.rotaries if rotary.max_positions is not None]
+    rows = min([PROMPT_ROWS, *limits])
+    kv = KVCache(layer_shapes(plan), 1, rows)
+    prompt = FusedPrompt(plan, kv, rows)
+    inputs = prompt.inputs((Segment(0, 0, rows),), (rows - 1,), plan.device)
+    with torch.no_grad():
+        angles = prompt.angles(inputs)
+        for index in one_of_each_kind(plan):
+            layer = plan.layers[index]
+            width = (layer.num_heads + 2 * layer.num_kv_heads) * layer.head_dim
+            qkv = torch.zeros(rows, width, dtype=plan.dtype, device=plan.device)
+            prompt.append(layer, kv.layers[index], qkv, inputs, angles)
+            attend(layer, kv.layers[index], qkv, inputs)
+            if layer.activation is not None and not isinstance(layer.down, QuantLinear4bit):
+                gated_activation(torch.zeros(rows, 2 * 16, dtype=plan.dtype, device=plan.device), layer.activation)
+
+
 def prompt_products(plan: FusedPlan) -> list[Callable[[], object]]:
     """The products of a prompt of `PROMPT_ROWS` tokens whose kernels Triton does not compile, each shape once."""
     if plan.device.type != "cuda" or has_no_gemm(plan):
         return []
-    found: dict[Hashable, nn.Module] = {}
+    found: dict[Hashable, Callable[[], object]] = {}
     for index in one_of_each_kind(plan):
-        for linear in plan.layers[index].linears:
+        layer = plan.layers[index]
+        for product in layer.products or ():
+            linear = product.modules[0]
             if isinstance(linear, QuantLinear4bit) and linear.is_tiled:
-                found.setdefault(kind_of_linear(linear), linear)
-    return [partial(run_linear, linear, plan) for linear in found.values()]
+                activation = layer.activation if layer.gate_up and linear is layer.gate_up[0] else None
+                key = (kind_of_linear(linear), product.out_features, activation)
+                found.setdefault(key, partial(run_product, product, activation, plan))
+    return list(found.values())
 
 
 def has_no_gemm(plan: FusedPlan) -> bool:
@@ -62,9 +87,10 @@ def has_no_gemm(plan: FusedPlan) -> bool:
     return why_not_gemm(plan.device, plan.dtype) is not None
 
 
-def run_linear(linear: Any, plan: FusedPlan) -> None:
+def run_product(product: Joined, activation: str | None, plan: FusedPlan) -> None:
     """One product of zeros."""
-    linear(torch.zeros(PROMPT_ROWS, linear.in_features, dtype=plan.dtype, device=plan.device))
+    x = torch.zeros(PROMPT_ROWS, product.modules[0].in_features, dtype=plan.dtype, device=plan.device)
+    product(x, activation=activation, gated=activation is not None, overlap=True)
 
 
 def layer_shapes(plan: FusedPlan) -> list[LayerShape]:
