@@ -14,6 +14,7 @@ from onegpu.attention.prefill import (
     PrefillBounds,
     PrefillSpec,
     choose_prefill,
+    is_long_square,
     prefill_attention,
 )
 from onegpu.errors import ArgumentError, UnsupportedError
@@ -118,6 +119,14 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_every_refusal_has_a_reason() -> None:
     half = torch.float16
     reasons = {
+        "cudnn": [
+            (PrefillSpec(CPU, half, 64, 64), "needs a CUDA device, the tokens are on cpu"),
+            (PrefillSpec(CUDA, half, 64, 64, cudnn_allowed=False), "cuDNN's attention is switched off"),
+            (PrefillSpec(CUDA, half, 64, 64, has_sinks=True), "neither a soft cap nor sinks"),
+            (PrefillSpec(CUDA, torch.float32, 64, 64), "takes float16 and bfloat16, not torch.float32"),
+            (PrefillSpec(CUDA, half, 256, 256), "up to 128, keys and values alike, not 256 and 256"),
+            (PrefillSpec(CUDA, half, 64, 64), "one whole prompt of at least 16,384 tokens"),
+        ],
         "torch_flash": [
             (PrefillSpec(CPU, half, 64, 64), "needs a CUDA device, the tokens are on cpu"),
             (PrefillSpec(CUDA, half, 64, 64, flash_allowed=False), "flash attention is switched off"),
@@ -138,6 +147,18 @@ def test_every_refusal_has_a_reason() -> None:
     for backend in PREFILL_BACKENDS:
         for spec, sentence in reasons[backend.name]:
             assert sentence in str(backend.why_not(spec))
+
+
+def test_what_is_long_and_square() -> None:
+    for lengths_q, lengths_k, window, expected in (
+        ((16384,), (16384,), None, True),
+        ((20000,), (20000,), 20000, True),
+        ((20000,), (20000,), 4096, False),
+        ((16383,), (16383,), None, False),
+        ((16384,), (20000,), None, False),
+        ((16384, 16384), (16384, 16384), None, False),
+    ):
+        assert is_long_square(PrefillBounds.of(lengths_q, lengths_k), window) is expected
 
 
 def test_choosing() -> None:
@@ -168,6 +189,26 @@ def test_on_a_device(dtype: torch.dtype, D: int, lengths: tuple) -> None:
                 torch.testing.assert_close(got.cpu().float(), want, rtol=0, atol=limit, msg=backend.name)
                 ran.add(backend.name)
     assert {"onegpu_causal", "sdpa", "plain"} <= ran
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_long_prompts_by_cudnn(dtype: torch.dtype) -> None:
+    """Queries, keys and values that lie in one buffer, as a prompt's do; and torch's switch for it."""
+    long = 16500
+    bounds = PrefillBounds.of((long,), (long,), "cuda")
+    qkv = torch.randn(long, 8, 128, dtype=dtype, device="cuda")
+    q, k, v = qkv.split([4, 2, 2], 1)
+    spec = PrefillSpec(CUDA, dtype, 128, 128, is_long_square=True)
+    want = prefill_attention(q, k, v, bounds, 0.1, backend="torch_flash")
+    if PREFILL_BACKENDS[0].why_not(spec) is None:
+        assert choose_prefill(spec).name == "cudnn"
+        got = prefill_attention(q, k, v, bounds, 0.1)
+        assert got.flatten(1).data_ptr() == got.data_ptr()
+        limit = 4e-3 if dtype == torch.float16 else 3e-2
+        torch.testing.assert_close(got, want, rtol=0, atol=limit)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(UnsupportedError, match="switched off"):
+        prefill_attention(q, k, v, bounds, 0.1, backend="cudnn")
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Attention of prompts, or parts of them, over the keys so far: the ways to compute it, in order of speed.
 
+cudnn           cuDNN's, for one long prompt from its beginning on Hopper and Blackwell
 torch_flash     torch's FlashAttention over cu_seqlens; key heads are not repeated
 onegpu_causal   our Triton kernel: float32, soft cap, sinks, values of another size
 sdpa            scaled_dot_product_attention, equal lengths side by side at once; any device
@@ -12,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -27,6 +29,12 @@ from onegpu.kernels.prefill_ops import (
     check_causal_attention,
     reference_causal_attention,
 )
+
+# cuDNN plans for each shape anew, which takes as long as it saves on shorter prompts.
+CUDNN_TOKENS: Final = 16384
+CUDNN_HEAD_DIM: Final = 128
+# Where it was measured, or is made for: data center cards of the last two generations.
+CUDNN_CAPABILITIES: Final = ((9, 0), (10, 0), (10, 3))
 
 __all__ = ["PREFILL_BACKENDS", "PrefillBackend", "PrefillBounds", "PrefillSpec", "choose_prefill", "prefill_attention"]
 
@@ -81,6 +89,8 @@ class PrefillSpec:
     has_softcap: bool = False
     has_sinks: bool = False
     flash_allowed: bool = True
+    cudnn_allowed: bool = True
+    is_long_square: bool = False  # one sequence of `CUDNN_TOKENS` or more with as many queries, all of which are seen
 
 
 Run = Callable[[Tensor, Tensor, Tensor, PrefillBounds, float, int | None, float | None, Tensor | None], Tensor]
@@ -93,6 +103,27 @@ class PrefillBackend:
     name: str
     why_not: Callable[[PrefillSpec], str | None]
     run: Run
+
+
+def why_not_cudnn(spec: PrefillSpec) -> str | None:
+    if spec.device.type != "cuda":
+        return f"needs a CUDA device, the tokens are on {spec.device}"
+    if not spec.cudnn_allowed:
+        return "cuDNN's attention is switched off"
+    if spec.has_softcap or spec.has_sinks:
+        return "takes neither a soft cap nor sinks"
+    if spec.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {spec.dtype}"
+    if spec.head_dim != spec.value_dim or spec.head_dim % 8 or spec.head_dim > CUDNN_HEAD_DIM:
+        return (
+            f"is taken for head dims that are multiples of 8 up to {CUDNN_HEAD_DIM}, keys and values alike, "
+            f"not {spec.head_dim} and {spec.value_dim}"
+        )
+    if not spec.is_long_square:
+        return f"is taken for one whole prompt of at least {CUDNN_TOKENS:,} tokens, without a window"
+    if torch.version.hip is not None or capability(spec.device) not in CUDNN_CAPABILITIES:
+        return "is taken on Hopper and data center Blackwell cards"
+    return None if torch._C._has_cudnn else "this torch was built without cuDNN"
 
 
 def why_not_torch_flash(spec: PrefillSpec) -> str | None:
@@ -128,6 +159,30 @@ def why_not_onegpu_causal(spec: PrefillSpec) -> str | None:
 
 def why_not_sdpa(spec: PrefillSpec) -> str | None:
     return "takes neither a soft cap nor sinks" if spec.has_softcap or spec.has_sinks else None
+
+
+def run_cudnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: PrefillBounds,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Any strides, fewer key heads as they are. A cuDNN that has no plan for a shape leaves it to torch's kernel."""
+    batch = [(t if t.stride(2) == 1 else t.contiguous())[None].transpose(1, 2) for t in (q, k, v)]
+    try:
+        result = torch.ops.aten._scaled_dot_product_cudnn_attention(*batch, None, False, 0.0, True, False, scale=scale)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not flash_allowed():
+            raise
+        return run_torch_flash(q, k, v, bounds, scale, window, softcap, sinks)
+    out: Tensor = result[0]
+    return out[0].transpose(0, 1)
 
 
 def run_torch_flash(
@@ -229,6 +284,7 @@ def run_plain(
 
 
 PREFILL_BACKENDS = (
+    PrefillBackend("cudnn", why_not_cudnn, run_cudnn),
     PrefillBackend("torch_flash", why_not_torch_flash, run_torch_flash),
     PrefillBackend("onegpu_causal", why_not_onegpu_causal, run_onegpu_causal),
     PrefillBackend("sdpa", why_not_sdpa, run_sdpa),
@@ -253,6 +309,13 @@ def choose_prefill(spec: PrefillSpec, name: str | None = None) -> PrefillBackend
             raise UnsupportedError(f"prefill attention {name} cannot run here: {reason}")
     known = ", ".join(backend.name for backend in PREFILL_BACKENDS)
     raise UnsupportedError(f"no prefill attention is called {name!r}", f"use one of {known}")
+
+
+def is_long_square(bounds: PrefillBounds, window: int | None) -> bool:
+    """Whether there is one sequence, long and from its beginning, in which all keys before a query are seen."""
+    if len(bounds.lengths_q) != 1 or bounds.lengths_q != bounds.lengths_k:
+        return False
+    return bounds.lengths_q[0] >= CUDNN_TOKENS and (window is None or window >= bounds.lengths_q[0])
 
 
 def prefill_attention(
@@ -300,5 +363,7 @@ def prefill_attention(
         has_softcap=softcap is not None,
         has_sinks=sinks is not None,
         flash_allowed=q.device.type != "cuda" or flash_allowed(),
+        cudnn_allowed=q.device.type != "cuda" or bool(torch._C._get_cudnn_sdp_enabled()),
+        is_long_square=is_long_square(bounds, window),
     )
     return choose_prefill(spec, backend).run(q, k, v, bounds, scale, window, softcap, sinks)
