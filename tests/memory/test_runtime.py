@@ -147,6 +147,45 @@ def test_the_workspace_is_what_a_prompt_allocates(inner: int) -> None:
     assert 0.99 * counted.peak <= planned <= 1.1 * counted.peak, (counted.peak, planned)
 
 
+@pytest.mark.parametrize("inner", [192, 1408])
+def test_the_workspace_of_a_long_prompt(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through recognised layers, whole. Definitions of operators make copies that kernels do not: of few rows here."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from onegpu.decoder.cache import KVCache
+    from onegpu.decoder.fused import FusedPlan, FusedPrompt, recognise
+    from onegpu.decoder.fused.prompt import MOST_ROWS as THEIRS
+    from onegpu.decoder.fused.rehearse import layer_shapes
+    from onegpu.decoder.views import Segment
+    from onegpu.kernels import prompt_ops
+    from onegpu.memory.runtime import MOST_ROWS, PIECE_TOKENS
+
+    assert MOST_ROWS == THEIRS
+    monkeypatch.setattr(prompt_ops, "ROWS_AT_A_TIME", 16)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=inner,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    plan = recognise(model)
+    assert isinstance(plan, FusedPlan)
+    context = 2 * PIECE_TOKENS
+    prompt = FusedPrompt(plan, KVCache(layer_shapes(plan), 1, context), PIECE_TOKENS)
+    ids = torch.zeros(context, dtype=torch.long)
+    gc.collect()
+    with PeakBytes() as counted:
+        prompt((Segment(0, 0, context),), ids, [context - 1])
+    geometry = read_geometry(config.to_dict())
+    angles = 2 * context * 2 * geometry.head_dim
+    planned = workspace_bytes(geometry, [], "16bit", context, 1) - LIBRARY_BYTES - angles
+    assert 0.85 * counted.peak <= planned <= 1.15 * counted.peak, (counted.peak, planned)
+
+
 def test_experts_of_unknown_structure_are_dequantized_a_layer_at_a_time() -> None:
     names = [f"model.layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in ("up", "down")]
     weights = [Weight(name, "experts", 4096, 64, 8, as_one=True) for name in names]

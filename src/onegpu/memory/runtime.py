@@ -12,6 +12,10 @@ The workspace is the largest of what is alive at once, in 16 bit, for the tokens
                   times their shares
     attention     rows x (7 hidden + 2 head_dim), where that is more; with one layer's keys and values, gathered, where
                   a prompt comes in pieces
+    long prompts  where that is more: layers known by their structure see the whole of one, context x (2 hidden + q +
+                  k + v, or hidden + 2 q + k + v, or 2 hidden + q; of the rotary table 4 head_dim); their feed-forward
+                  a quarter of it at a time, or 8192 tokens: context x hidden, and of these the feed-forward's inner
+                  and 2 hidden
     logits        batch x vocabulary, in 16 bit and twice in float32: of the last token only
     angles        capacity x 2 head_dim: the rotary table of a step over slots
     scratch       a dequantized slice of 2**25 weights in 4 bit; of a layer whose experts cannot be multiplied as they
@@ -36,6 +40,7 @@ LIBRARY_BYTES = 32 << 20
 # As `onegpu.decoder` cuts prompts.
 PIECE_TOKENS = 2048
 MOST_PIECES = 4
+MOST_ROWS = 8192
 SCRATCH_WEIGHTS = 1 << 25
 
 
@@ -74,12 +79,24 @@ def workspace_bytes(
     if geometry.kind == "decoder" and context > PIECE_TOKENS:
         attention += context * geometry.values_per_token
     prompt = 2 * (max(rows * (feed_forward + embedded), attention) + rows * 2 * geometry.head_dim)
+    if geometry.kind == "decoder" and context > PIECE_TOKENS:
+        prompt = max(prompt, 2 * long_prompt_values(geometry, context, feed_forward))
     logits = 0 if geometry.kind == "encoder" else batch * geometry.vocab * (2 + 4 + 4)
     if has_slots(geometry, batch):
         growth, angles = 0, 2 * capacity(context) * 2 * geometry.head_dim
     else:
         growth, angles = kv_bytes(geometry, context, batch, kv_dtype) // max(len(geometry.windows), 1), 0
     return max(prompt, growth) + logits + angles + scratch_bytes(weights, format) + LIBRARY_BYTES
+
+
+def long_prompt_values(geometry: Geometry, context: int, feed_forward: int) -> int:
+    """Numbers that are alive at once in one prompt through recognised layers; `feed_forward` for each of its tokens."""
+    hidden, queries = geometry.hidden, geometry.heads * geometry.head_dim
+    kept = geometry.values_per_token
+    attention = max(2 * hidden + queries + kept, hidden + 2 * queries + kept, 2 * hidden + queries)
+    piece = max(PIECE_TOKENS, min(MOST_ROWS, -(-context // MOST_PIECES)))
+    rows = max(context * attention, context * hidden + piece * (feed_forward + 2 * hidden))
+    return rows + context * 4 * geometry.head_dim
 
 
 def scratch_bytes(weights: Sequence[Weight], format: str) -> int:
