@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +44,34 @@ def test_configurations_fit_the_shape() -> None:
             assert 1 <= config.splits <= max(1, K // 256)
     assert configure(64, 28672, 4096, 132).tokens == 64
     assert configure(64, 4096, 4096, 132).splits > 1, "32 programs alone would leave most processors without work"
+
+
+# Table look-ups of one tile, twice in the loop and once before it; products of a step and the next.
+LOOKUPS = {"IDP": 48, "HGMMA": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("gated", "blocksize", "dtype"), [(False, 64, HALVES[0]), (True, 32, HALVES[1])])
+def test_compiles_without_spills(
+    tokens: int, gated: bool, blocksize: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gemm, nvrtc = pytest.importorskip("onegpu.kernels.gemm_4bit"), pytest.importorskip("onegpu.kernels.nvrtc")
+    if nvrtc.why_not_nvrtc() is not None:
+        pytest.skip(nvrtc.why_not_nvrtc())
+    monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path))
+    made = gemm.source(tokens, blocksize, dtype, gated=gated, activation="silu" if gated else None)
+    code = nvrtc.compile_source(made, gemm.ARCHITECTURE)
+    (kept,) = (tmp_path / "cuda").glob("gemm_4bit-*.cubin")
+    assert kept.read_bytes() == code
+    assert nvrtc.compile_source(made, gemm.ARCHITECTURE) == code, "the second time from the cache folder"
+    triton = Path(importlib.util.find_spec("triton").origin).parent
+    command = [str(triton / "backends" / "nvidia" / "bin" / "nvdisasm"), "-c", str(kept)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
+    assert not {"LDL", "STL"} & set(names)
+    for name, count in LOOKUPS.items():
+        assert names.count(name) == count, name
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from onegpu.formats.codebooks import FP4_CODE, NF4_CODE
 from onegpu.formats.tiling import TILE_ROWS
 from onegpu.kernels import nvrtc
 from onegpu.kernels.asm_4bit import TABLE_SCALE
-from onegpu.kernels.gemm_4bit_config import ROWS, Config, blocks, configure, scales_sums, shared_bytes, stages
+from onegpu.kernels.gemm_4bit_config import ROWS, Config, blocks, configure, leaving, scales_sums, shared_bytes, stages
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
 
 __all__ = ["MIN_ROWS", "gemm_4bit", "source", "why_not_gemm"]
@@ -246,9 +246,10 @@ def gemm_4bit(
     maps = (
         map_rows(rows, config.tokens),
         *map_weight(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize),
+        map_rows(y, leaving(config.tokens, gated)) if problem.vectors else map_nothing(),
     )
     values = codebook(quant_type, rows.dtype, scales_sums(config.tokens, 2 if blocksize == 32 else 1))
-    arguments = (*(int(each.getPtr()) for each in maps), ctypes.addressof(problem), ctypes.addressof(values))
+    arguments = (*(address_of(each) for each in maps), ctypes.addressof(problem), ctypes.addressof(values))
     works = blocks_n * blocks_m * splits
     # Parts of K wait for each other, so all of them have a program; else programs take works in turn.
     grid = works if splits > 1 else min(works, blocks(config.tokens) * processors(device))
@@ -256,8 +257,19 @@ def gemm_4bit(
         nvrtc.launch(function, grid, arguments, device, cluster=splits, overlap=overlap)
 
 
+@functools.cache
+def map_nothing() -> Any:
+    """What a kernel is given that does not use its map."""
+    return ctypes.create_string_buffer(128)
+
+
+def address_of(argument: Any) -> int:
+    """Where a parameter lies, to be copied by a launch."""
+    return ctypes.addressof(argument) if isinstance(argument, ctypes.Array) else int(argument.getPtr())
+
+
 def map_rows(rows: Tensor, tokens: int) -> Any:
-    """Boxes of `tokens` rows by 64 columns of x."""
+    """Boxes of `tokens` rows by 64 columns of x or y."""
     M, K = rows.shape
     pitch = rows.stride(0) * rows.element_size() if M > 1 else K * rows.element_size()
     return nvrtc.tensor_map(KINDS[rows.dtype], rows.data_ptr(), (K, M), (pitch,), (64, tokens), swizzled=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
-__all__ = ["MAX_SHARED", "TOKENS", "Config", "blocks", "configure", "scales_sums", "shared_bytes", "stages"]
+__all__ = ["MAX_SHARED", "TOKENS", "Config", "blocks", "configure", "leaving", "scales_sums", "shared_bytes", "stages"]
 
 # Of Hopper, for one program.
 MAX_SHARED: Final = 232448
 TABLE: Final = 32768
-PITCH: Final = 144
+PITCH: Final = 128
 HANDED: Final = 8192
 MOST_STAGES: Final = 8
 TOKENS: Final = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -58,8 +59,12 @@ def stages(tokens: int, groups: int, gated: bool) -> int:
 
 def fixed_bytes(tokens: int, gated: bool) -> int:
     """Shared memory beside the stages: alignment, table, results on their way out."""
-    leaving = 64 if tokens % 64 == 0 and tokens >= 128 and not gated else 32
-    return 1024 + TABLE + 2 * leaving * PITCH + (HANDED if gated else 0)
+    return 1024 + TABLE + 4 * leaving(tokens, gated) * PITCH + (HANDED if gated else 0)
+
+
+def leaving(tokens: int, gated: bool) -> int:
+    """Tokens that leave at a time."""
+    return 64 if tokens % 64 == 0 and tokens >= 128 and not gated else 32
 
 
 def shared_bytes(tokens: int, groups: int, gated: bool) -> int:
@@ -67,6 +72,7 @@ def shared_bytes(tokens: int, groups: int, gated: bool) -> int:
     return fixed_bytes(tokens, gated) + stages(tokens, groups, gated) * (stage_bytes(tokens, groups) + 16)
 
 
+@lru_cache(maxsize=4096)
 def configure(M: int, N: int, K: int, processors: int) -> Config:
     """The configuration for M rows of x and a weight [N, K]."""
     choices = [

@@ -42,10 +42,11 @@ typedef unsigned long long u64;
 #define CODE_BYTES (CONSUMERS * 4 * 512)
 #define SCALE_BYTES (CONSUMERS * 4 * 64 * GROUPS)
 #define TABLE_BYTES 32768
-// Tokens that leave at a time, 64 results each; a row padded by 16 bytes so that eight rows lie in different banks.
+// Tokens that leave at a time, 64 results each, by one of two buffers by turns; swizzled as x is.
 #define PART (TOKENS % 64 == 0 && TOKENS >= 128 && !GATED ? 64 : 32)
-#define PITCH 144
-#define STAGING_BYTES (CONSUMERS * PART * PITCH)
+#define PITCH 128
+#define BUFFER_BYTES (PART * PITCH)
+#define STAGING_BYTES (CONSUMERS * 2 * BUFFER_BYTES)
 #define HANDED_BYTES (GATED ? PART / 8 * WARPGROUP * 16 : 0)
 // 2^23 + 2^15: what a whole number is off by when its bits are those of a float32.
 #define OFFSET 8421376.f
@@ -105,6 +106,20 @@ __device__ __forceinline__ void copy_3d(u32 to, const Map *map, int row, int til
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {0, %2, %3}], [%4];"
         ::"r"(to), "l"(map), "r"(row), "r"(tile), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const Map *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void store_2d(const Map *map, u32 from, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+
+// Until at most `count` of this thread's stores have still to read shared memory.
+template <int count> __device__ __forceinline__ void wait_stores() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(count) : "memory");
 }
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
@@ -295,18 +310,31 @@ __device__ __forceinline__ void copy_tiles(const Problem &p, const Map *x, const
     }
 }
 
-// 16 results of a lane, of COUNT x 16 tokens and 64 rows of W by a warpgroup, to y. Rows of W are a lane's rows, so
-// eight tokens by eight rows are turned around on the way (stmatrix).
+// Place of 16 bytes, eight results of a token, in a buffer.
+__device__ __forceinline__ u32 place(int token, int eighth) {
+    return token * PITCH + ((eighth ^ (token & 7)) << 4);
+}
+
+// A warpgroup's results of COUNT x 16 tokens and 64 rows of W to y. Rows of W are a lane's rows, so eight tokens by eight
+// rows are turned around on the way (stmatrix).
 template <int COUNT>
-__device__ __forceinline__ void leave(const Problem &p, float (&v)[COUNT][8], int token, int row, int out, char *staging,
-                                      int consumer) {
+__device__ __forceinline__ void leave(const Problem &p, const Map *y, float (&v)[COUNT][8], int token, int row, int out,
+                                      char *buffer, int consumer, bool is_first) {
     int thread = threadIdx.x % WARPGROUP, warp = thread / 32, lane = thread % 32;
-    char *mine = staging + consumer * PART * PITCH;
-    u32 corner = shared_address(mine) + (lane / 16 * 8 + lane % 8) * PITCH + (warp * 16 + lane / 8 % 2 * 8) * 2;
+    u32 corner = shared_address(buffer);
+    bool bulk = p.vectors && COUNT * 16 == PART;
+    // The store before the last one was from this buffer, or, from another tile of y, the last one.
+    if (bulk && thread == 0) {
+        if (is_first)
+            wait_stores<0>();
+        else
+            wait_stores<1>();
+    }
+    if (bulk || p.residual) sync_threads(2 + consumer, WARPGROUP);
     if (p.residual) {
         for (int i = thread; i < COUNT * 16 * 8; i += WARPGROUP) {
             int m = token + i / 8, n = row + i % 8 * 8;
-            char *to = mine + i / 8 * PITCH + i % 8 * 16;
+            char *to = buffer + place(i / 8, i % 8);
             const char *from = p.residual + (long long)m * p.residual_stride + n * 2;
             if (m < p.M && p.vectors && n + 8 <= out)
                 *(uint4 *)to = *(const uint4 *)from;
@@ -318,7 +346,7 @@ __device__ __forceinline__ void leave(const Problem &p, float (&v)[COUNT][8], in
     }
 #pragma unroll
     for (int pair = 0; pair < COUNT; ++pair) {
-        u32 address = corner + pair * 16 * PITCH, r[4];
+        u32 address = corner + place(pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), r[4];
         if (p.residual) {
             asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                          : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -334,11 +362,18 @@ __device__ __forceinline__ void leave(const Problem &p, float (&v)[COUNT][8], in
         asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
     }
+    if (bulk) {
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        sync_threads(2 + consumer, WARPGROUP);
+        // What lies outside of y is not written.
+        if (thread == 0) store_2d(y, corner, row, token);
+        return;
+    }
     sync_threads(2 + consumer, WARPGROUP);
 #pragma unroll
     for (int i = thread; i < COUNT * 16 * 8; i += WARPGROUP) {
         int m = token + i / 8, n = row + i % 8 * 8;
-        const char *from = mine + i / 8 * PITCH + i % 8 * 16;
+        const char *from = buffer + place(i / 8, i % 8);
         char *to = p.y + (long long)m * p.y_stride + n * 2;
         if (m >= p.M) continue;
         if (p.vectors && n + 8 <= out)
@@ -351,8 +386,8 @@ __device__ __forceinline__ void leave(const Problem &p, float (&v)[COUNT][8], in
 }
 
 // Sums of a whole K to y.
-__device__ __forceinline__ void finish(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], char *staging,
-                                       float4 *handed) {
+__device__ __forceinline__ void finish(const Problem &p, const Map *y, const Place &at, float (&sum)[TOKENS / 2],
+                                       char *staging, float4 *handed) {
     int thread = threadIdx.x % WARPGROUP, consumer = threadIdx.x / WARPGROUP - 1;
     int out = GATED ? p.N / 2 : p.N, row = at.first_row + (GATED ? 0 : consumer * ROWS);
     int bias_row = at.first_row + consumer * (GATED ? p.N / 2 : ROWS) + thread / 32 * 16 + thread % 32 / 4;
@@ -385,7 +420,8 @@ __device__ __forceinline__ void finish(const Problem &p, const Place &at, float 
                 s[0] *= up.x, s[1] *= up.y, s[2] *= up.z, s[3] *= up.w;
             }
 #endif
-            leave<PART / 16>(p, v, token, row, out, staging, consumer);
+            leave<PART / 16>(p, y, v, token, row, out, staging + (2 * consumer + part % 2) * BUFFER_BYTES,
+                              consumer, part == 0);
 #if GATED
         }
         sync_threads(1, CONSUMERS * WARPGROUP);
@@ -417,23 +453,33 @@ __device__ __forceinline__ void finish_parts(const Problem &p, const Place &at, 
             u32 here = shared_address(sums + 2 * pair * threads + (GATED ? half * WARPGROUP + lane : thread));
 #pragma unroll
             for (int i = 0; i < 8; ++i) v[half][i] = b[i / 2 % 2];
-            for (int other = 0; other < p.splits; ++other) {
-                u32 there;
-                asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(other));
+            // Four parts on their way at a time.
+            for (int first = 0; first < p.splits; first += 4) {
+                float4 f[4][2];
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float4 f;
-                    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                                 : "=f"(f.x), "=f"(f.y), "=f"(f.z), "=f"(f.w) : "r"(there + i * threads * 16));
-                    v[half][4 * i] += f.x, v[half][4 * i + 1] += f.y;
-                    v[half][4 * i + 2] += f.z, v[half][4 * i + 3] += f.w;
+                for (int part = 0; part < 4; ++part) {
+                    u32 there;
+                    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(min(first + part, p.splits - 1)));
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                                     : "=f"(f[part][i].x), "=f"(f[part][i].y), "=f"(f[part][i].z), "=f"(f[part][i].w)
+                                     : "r"(there + i * threads * 16));
                 }
+#pragma unroll
+                for (int part = 0; part < 4; ++part)
+                    if (first + part < p.splits)
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            v[half][4 * i] += f[part][i].x, v[half][4 * i + 1] += f[part][i].y;
+                            v[half][4 * i + 2] += f[part][i].z, v[half][4 * i + 3] += f[part][i].w;
+                        }
             }
         }
         float result[1][8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) result[0][i] = activate(v[0][i]) * (GATED ? v[GATED][i] : 1.f);
-        leave<1>(p, result, token, row, out, staging, consumer);
+        leave<1>(p, nullptr, result, token, row, out, staging + 2 * consumer * BUFFER_BYTES, consumer, true);
     }
     // Shared memory stays until everybody has read it.
     sync_cluster();
@@ -477,7 +523,7 @@ struct Multiplier {
 #if SCALE_SUMS
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i)
-            sum[i] = is_first ? product[i] * now.scale[i / 2 % 2] : __fmaf_rn(product[i], now.scale[i / 2 % 2], sum[i]);
+            sum[i] = __fmaf_rn(product[i], now.scale[i / 2 % 2], sum[i]);
 #endif
         if (!DECODE_AHEAD && has_next) decode(now);
     }
@@ -485,16 +531,16 @@ struct Multiplier {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __grid_constant__ Map absmax,
-          const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
+          const __grid_constant__ Map y, const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
     extern __shared__ char memory[];
     char *base = memory + (1024 - (shared_address(memory) & 1023)) % 1024;
-    char *table = base + STAGES * (X_BYTES + CODE_BYTES + SCALE_BYTES);
-    char *staging = table + TABLE_BYTES;
-    float4 *handed = (float4 *)(staging + STAGING_BYTES);
+    char *staging = base + STAGES * (X_BYTES + CODE_BYTES);
+    char *table = staging + STAGING_BYTES;
+    float4 *handed = (float4 *)(table + TABLE_BYTES + STAGES * SCALE_BYTES);
     Shared shared;
     shared.x = shared_address(base);
     shared.codes = shared.x + STAGES * X_BYTES;
-    shared.scales = shared.codes + STAGES * CODE_BYTES;
+    shared.scales = shared_address(table) + TABLE_BYTES;
     shared.full = shared_address(handed) + HANDED_BYTES;
     shared.empty = shared.full + STAGES * 8;
 
@@ -503,6 +549,8 @@ gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __
 
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
+        prefetch(&w), prefetch(&absmax), prefetch(&x);
+        if (p.vectors) prefetch(&y);
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(shared.full + i * 8, 1);
             init_barrier(shared.empty + i * 8, CONSUMERS * 4);
@@ -532,6 +580,10 @@ gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
         float sum[TOKENS / 2];
+#if SCALE_SUMS
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
+#endif
         Operand one, two;
         multiplier.decode(one);
         for (int k = 0; k < at.tiles; k += 2) {
@@ -543,8 +595,10 @@ gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __
         for (int i = 0; i < TOKENS / 2; ++i) sum[i] *= codebook.inverse;
 #endif
         if (p.splits == 1)
-            finish(p, at, sum, staging, handed);
+            finish(p, &y, at, sum, staging, handed);
         else
             finish_parts(p, at, sum, (float4 *)base, staging);
     }
+    // Shared memory stays until the stores have read it.
+    if (threadIdx.x % WARPGROUP == 0) wait_stores<0>();
 }
