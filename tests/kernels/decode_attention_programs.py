@@ -1,4 +1,4 @@
-"""Compiles the attention of prompts and of decode steps without a GPU, and prints one JSON line for each case.
+"""Compiles what prompts and decode steps do between products without a GPU, and prints one JSON line for each case.
 
 Run as a program: `python decode_attention_programs.py 90 gfx942`. Triton's interpreter must be off, hence a process of
 its own.
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kernels.ahead_of_time import spilled
 from kernels.gemv_4bit_programs import disassemble
-from onegpu.kernels import causal_attention
+from onegpu.kernels import causal_attention, prompt_gate, prompt_rotation
 from onegpu.kernels.kv_rows import append_kv_kernel
 from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES
 from onegpu.kernels.split_attention import split_attention_kernel
@@ -111,17 +111,32 @@ def compile_prefill(dtype: str, D: int, target: GPUTarget) -> Any:
     return compile_kernel(causal_attention.causal_attention_kernel, settings, types, dtype, target)
 
 
+def compile_rotation(case: Case, target: GPUTarget) -> Any:
+    names = {"HAS_Q_NORM", "HAS_K_NORM", "HAS_OFFSET", "INTERLEAVED"}
+    flags = {name: bool(case.flags.get(name)) for name in names} | {"QUANTIZED": case.cache is not None}
+    settings = prompt_rotation.constants(case.Hkv * case.G, case.Hkv, case.D, case.flags["R"], **flags)
+    types = {"k_cache_ptr": f"*{case.cache or case.dtype}", "v_cache_ptr": f"*{case.cache or case.dtype}"}
+    types |= {"slots_ptr": "*i32", "places_ptr": "*i32", "k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"}
+    types |= {"eps": "fp32", "offset": "fp32"}
+    return compile_kernel(prompt_rotation.rotate_and_append_kernel, settings, types, case.dtype, target)
+
+
+def compile_gate(dtype: str, target: GPUTarget) -> Any:
+    settings = {"ACTIVATION": "gelu_tanh", "BLOCK_N": prompt_gate.BLOCK, "num_warps": 4}
+    return compile_kernel(prompt_gate.gated_activation_kernel, settings, {}, dtype, target)
+
+
 def compile_kernel(kernel: Any, settings: dict[str, Any], types: dict[str, str], dtype: str, target: GPUTarget) -> Any:
     names = kernel.arg_names
     signature = {}
     for name in names:
         default = f"*{dtype}" if name.endswith("_ptr") else "i32"
         signature[name] = "constexpr" if name in settings else types.get(name, default)
-    # Strides along the last dimension of scales are 1 and the rest even; sizes are not specialized.
+    # Strides along the last dimension of scales are 1 and the rest even; no sizes but F are specialized.
     ones = [name for name in ("stride_sn", "stride_ksn", "stride_vsn") if name in names]
     signature |= dict.fromkeys(ones, "constexpr")
     constexprs = {name: settings[name] for name in names if name in settings} | dict.fromkeys(ones, 1)
-    even = [n for n in names if signature[n].startswith("*") or (n.startswith("stride") and n not in ones)]
+    even = [n for n in names if signature[n].startswith("*") or (n.startswith(("stride", "F")) and n not in ones)]
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in even}
     options = {name: value for name, value in settings.items() if name not in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
@@ -137,6 +152,7 @@ def report(compiled: Any) -> dict[str, Any]:
             "instructions": sum(not line.startswith(".L") for line in lines),
             "barriers": sum(line.startswith("BAR") for line in lines),
             "tensor_core": sum(line.startswith(("HMMA", "HGMMA")) for line in lines),
+            "narrow": sum("LDG.E.U" in line or "STG.E.U" in line for line in lines),
             "waits": sum("ACQBULK" in line for line in lines),
             "wide_loads": sum(
                 line.startswith(("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128")) for line in lines
@@ -163,6 +179,10 @@ def main(architectures: list[str], *, everything: bool = False) -> None:
         prompts = [("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp32", 128), ("fp32", 256)]
         for dtype, D in prompts if thorough else prompts[1:4:2]:
             todo.append((f"prompt {dtype} {D}", functools.partial(compile_prefill, dtype, D, target)))
+        for case in cases("bf16", overlap=False, float8=float8):
+            if case.flags.get("ROTARY") and case.B == 1 and (thorough or case.name in SOME):
+                todo.append((f"rows {case.name}", functools.partial(compile_rotation, case, target)))
+        todo.append(("rows gated", functools.partial(compile_gate, "bf16", target)))
         todo.append(("append int8", functools.partial(compile_append, "bf16", "i8", target)))
         for name, compile_it in todo:
             result: dict[str, Any] = {"arch": arch, "case": name}

@@ -38,7 +38,7 @@ def results() -> list[dict]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles(arch: str, results: list[dict]) -> None:
     mine = [result for result in results if result["arch"] == arch]
-    assert len(mine) == (23 if arch == "90" else 8)
+    assert len(mine) == (36 if arch == "90" else 14)
     assert not [result for result in mine if "error" in result]
     assert not [r["case"] for r in mine if r["spilled"] and (arch, r["case"]) not in KNOWN_SPILLS]
     assert not [result for result in mine if result["shared"] > SHARED[arch]]
@@ -49,8 +49,16 @@ def test_compiles(arch: str, results: list[dict]) -> None:
 def test_reads_wide_and_waits_where_it_can(arch: str, results: list[dict]) -> None:
     """Keys and values come 16 bytes a thread, past the registers; from capability 9.0 on each kernel waits once."""
     for result in results:
-        if result["arch"] != arch or result["case"].startswith(("append", "prompt")):
+        if result["arch"] != arch or result["case"].startswith(("append", "prompt", "rows")):
             continue
         assert result["wide_loads"] > 0
         assert result["tensor_core"] > 0
         assert result["waits"] == (1 if arch != "80" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "120"])
+def test_prompts_move_wide_pieces(arch: str, results: list[dict]) -> None:
+    """Between products a thread reads and writes 16 bytes at once, but for pairs side by side and weights of norms."""
+    rows = {r["case"]: r["narrow"] for r in results if r["arch"] == arch and r["case"].startswith("rows")}
+    assert rows["rows gated"] == rows["rows llama rotary"] == 0

@@ -18,20 +18,17 @@ __all__ = ["BLOCK", "gated_activation", "gated_activation_kernel"]
 BLOCK: Final = 1024
 
 
-@triton.jit(do_not_specialize=["F"])
+@triton.jit
 def gated_activation_kernel(
     x_ptr,  # [M, 2 F]
     stride_xm,
     y_ptr,  # [M, F]
     F,
     ACTIVATION: tl.constexpr,
-    EVEN: tl.constexpr,  # F is a multiple of 16, so that both halves of a row can be read in wide pieces
     BLOCK_N: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if EVEN:
-        F = tl.multiple_of(F, 16)
     mask = n < F
     gate = tl.load(x_ptr + m * stride_xm + n, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + m * stride_xm + F + n, mask=mask, other=0.0).to(tl.float32)
@@ -47,7 +44,7 @@ def gated_activation(x: Tensor, activation: str) -> Tensor:
     if y.numel():
         with on_device_of(x):
             gated_activation_kernel[(rows.shape[0], triton.cdiv(F, BLOCK))](
-                rows, rows.stride(0), y, F, ACTIVATION=activation, EVEN=F % 16 == 0, BLOCK_N=BLOCK, num_warps=4,
+                rows, rows.stride(0), y, F, ACTIVATION=activation, BLOCK_N=BLOCK, num_warps=4,
                 **NO_CONTRACTION,
             )  # fmt: skip
     return y.view(*x.shape[:-1], F)
