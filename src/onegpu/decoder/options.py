@@ -18,9 +18,9 @@ class DecoderOptions:
 
     `kv_cache_dtype` stores keys and values in 8 bit, None in the model's own dtype. `max_batch` is the largest batch of
     `generate` on the fast path; larger ones take Transformers' loop. `graphs` captures decode steps in CUDA graphs.
-    `fused` lets recognised layers run as a few kernels; None: on a GPU, as on
-    a CPU the model's own layers are as fast. `prefill_chunk` is how many prompt tokens one forward
-    takes; a quarter of the prompt, where that is more.
+    `fused` lets recognised layers run as a few kernels; None: on a GPU, as on a CPU the model's own layers are as fast.
+    `prefill_chunk` is how many prompt tokens one forward takes, a quarter of the prompt where that is more; of fused
+    layers only the MLPs take a longer prompt in pieces.
 
     Raises:
         ConfigError: an unknown dtype, a number below one.
