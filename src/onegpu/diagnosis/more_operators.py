@@ -1,4 +1,4 @@
-"""A small call of each operator of a decode step and of the unpadded encoders, with what it must give."""
+"""A small call of each operator of a decode step, of prompts and of the unpadded encoders, with what it must give."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, relu, scaled_dot_product_attention
 
 from onegpu.formats.tiling import tile_codes, tile_scales
 from onegpu.kernels import (
     append_kv,
     decode_attention,
+    gated_activation,
     linear_8bit_rows,
     linear_16bit,
     reference,
     rms_norm,
     rotary_decode_attention,
+    rotate_and_append,
 )
 from onegpu.kernels.encoder_ops import attention_blocks, gelu_, place_tokens, varlen_attention
 from onegpu.kernels.experts_ops import experts_4bit, experts_8bit
@@ -31,7 +33,7 @@ INPUTS, OUTPUTS = 128, 64
 
 
 def decode_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
-    """For each operator of a decode step a call on `device` and what it must give."""
+    """For each operator of a decode step or a prompt a call on `device` and what it must give."""
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape: int) -> Tensor:
@@ -63,7 +65,20 @@ def decode_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
         out = rotary_decode_attention(qkv, None, None, keys, values, last, HEADS, scale)
         return out, attended(keys, values).flatten(1)
 
+    def turned() -> tuple[Tensor, Tensor]:
+        keys, values = k_cache.clone(), v_cache.clone()
+        qkv = torch.cat([part.flatten(1) for part in (q, k, v)], dim=1)
+        zeros, ones = (torch.full((B, HEAD_DIM), value, device=device, dtype=dtype) for value in (0.0, 1.0))
+        slots = torch.arange(B, dtype=torch.int32, device=device)
+        # A quarter of a turn puts the second half of a head, with its sign changed, in front of the first.
+        rotate_and_append(qkv, zeros, ones, keys, values, slots, last, HEADS)
+        want = torch.cat([torch.roll(part, HEAD_DIM // 2, -1) for part in (q, k)], dim=1)
+        want[..., : HEAD_DIM // 2] *= -1
+        return torch.cat((qkv, values[:, :, -1].flatten(1)), 1), torch.cat((want, v, v), 1).flatten(1)
+
     return {
+        "rotate_and_append": turned,
+        "gated_activation": lambda: (gated_activation(x, "relu"), relu(x[:, :OUTPUTS]) * x[:, OUTPUTS:]),
         "linear_16bit": lambda: (linear_16bit(x, weight), x @ weight.T),
         "linear_8bit_rows": lambda: (linear_8bit_rows(x, codes.to(device), row_stats.to(device)), x @ weight.T),
         "linear_4bit_tiled": lambda: (linear_4bit_tiled(x, *tiled, None, OUTPUTS, "nf4", 64), x @ plain.T),

@@ -12,11 +12,14 @@ from torch import Tensor
 from decoder.fused.models import FORMATS, TINY, build, cache_for, plan_of, quantize, tokens_for
 from decoder.fused.test_recognise import REFUSED
 from decoder.fused.test_step import largest_difference, plain
+from onegpu.decoder import DecoderOptions, optimize_decoder, restore_decoder
+from onegpu.decoder.classes import driver_of
 from onegpu.decoder.fused import FusedPlan, FusedPrompt, FusedStep
 from onegpu.decoder.fused import prompt as prompt_module
 from onegpu.decoder.fused.prove import exact_int8, proof_tolerance
 from onegpu.decoder.universal import UniversalPrefill
 from onegpu.decoder.views import Segment
+from onegpu.decoder.ways import Way
 from onegpu.errors import ArgumentError, UnsupportedError
 
 FUSED = sorted(set(TINY) - set(REFUSED))
@@ -232,3 +235,56 @@ def test_embeddings_are_ids() -> None:
             expected = model(inputs_embeds=embeddings[None], use_cache=False).logits[0]
         got = prompt_over(plan)(whole(LENGTH), embeddings, list(range(LENGTH)))
         assert largest_difference(got, expected) <= 1e-4
+
+
+def spoiled(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "turned":
+        given = FusedPrompt.angles
+        monkeypatch.setattr(FusedPrompt, "angles", lambda *a: [(sin, cos) for cos, sin in given(*a)])
+    else:  # only the last layer, which no proof of single layers sees
+        monkeypatch.setattr(FusedPrompt, "last_layer", lambda self, hidden, inputs, *_: hidden[inputs.wanted])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("turned", "attention of a prompt of model.layers.0 differs from the plain model by"),
+        ("cut", "its logits differ from the plain model's by"),
+    ],
+)
+def test_where_a_prompt_differs_it_keeps_its_own_layers(how: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps stay fused, the report says why prompts are not, and answers are right."""
+    model = build("llama")
+    ids = tokens_for(2, 9)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    wanted = model.generate(ids, **options)
+    spoiled(how, monkeypatch)
+    report = optimize_decoder(model, DecoderOptions(fused=True))
+    assert any(f"prompts go through its own layers: {reason}" in line for line in report.lines()), report.lines()
+    driver = driver_of(model)
+    assert driver is not None
+    assert isinstance(driver.way, Way)
+    assert (driver.way.name, driver.way.prefill) == ("fused", UniversalPrefill)
+    assert torch.equal(model.generate(ids, **options), wanted)
+
+
+def test_a_model_generates_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long prompts come as one row, short ones packed."""
+    model = build("gemma3-both")
+    ids = tokens_for(2, 40)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    wanted = model.generate(ids, **options)
+    seen: list[list[int]] = []
+    plain_call = FusedPrompt.__call__
+
+    def watched(self: FusedPrompt, segments: Any, *rest: Any) -> Tensor:
+        seen.append([segment.length for segment in segments])
+        return plain_call(self, segments, *rest)
+
+    monkeypatch.setattr(FusedPrompt, "__call__", watched)
+    for chunk, lengths in ((16, [[40], [40]]), (100, [[40, 40]])):
+        restore_decoder(model)
+        optimize_decoder(model, DecoderOptions(fused=True, prefill_chunk=chunk))
+        seen.clear()
+        assert torch.equal(model.generate(ids, **options), wanted)
+        assert seen == lengths
