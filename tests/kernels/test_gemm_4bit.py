@@ -32,7 +32,7 @@ def tiled_args(weight: Weight4bit) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("gated", [False, True])
 def test_fits_shared_memory(tokens: int, groups: int, gated: bool) -> None:
-    assert stages(tokens, groups, gated) >= 4
+    assert stages(tokens, groups, gated) >= 3
     assert shared_bytes(tokens, groups, gated) <= MAX_SHARED
 
 

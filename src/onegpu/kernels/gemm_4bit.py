@@ -27,7 +27,7 @@ from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
 __all__ = ["MIN_ROWS", "gemm_4bit", "source", "why_not_gemm"]
 
 # From so many rows of x on it is quicker than `gemv_4bit`.
-MIN_ROWS: Final = 33
+MIN_ROWS: Final = 17
 # Warpgroup products are in no other architecture, newer ones included.
 CAPABILITY: Final = (9, 0)
 ARCHITECTURE: Final = "sm_90a"

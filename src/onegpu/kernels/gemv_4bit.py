@@ -588,12 +588,17 @@ def constants(
         "TILES": config.tiles,
         "UNROLL": config.unroll,
         "EVEN_K": config.is_even_k(K),
-        "AHEAD": config.ahead and not (nested and config.warps == 16),  # else registers run out
+        "AHEAD": config.ahead and not runs_out_of_registers(M, config, nested, capability),
         "OVERLAP": overlap and config.overlaps and capability >= OVERLAP_CAPABILITY,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
         "num_warps": config.warps,
         "launch_pdl": overlap and config.overlaps and capability >= OVERLAP_CAPABILITY,
     }
+
+
+def runs_out_of_registers(M: int, config: Config, nested: bool, capability: tuple[int, int]) -> bool:
+    """Whether x a step ahead would make the program spill."""
+    return (nested and config.warps == 16) or (M > 8 and config.unroll == 2 and capability >= (12, 0))
 
 
 def gemv_4bit(

@@ -42,11 +42,12 @@ typedef unsigned long long u64;
 #define CODE_BYTES (CONSUMERS * 4 * 512)
 #define SCALE_BYTES (CONSUMERS * 4 * 64 * GROUPS)
 #define TABLE_BYTES 32768
-// Tokens that leave at a time, 64 results each, by one of two buffers by turns; swizzled as x is.
+// Tokens that leave at a time, 64 results each, by one of three buffers by turns; swizzled as x is.
 #define PART (TOKENS % 64 == 0 && TOKENS >= 128 && !GATED ? 64 : 32)
 #define PITCH 128
 #define BUFFER_BYTES (PART * PITCH)
-#define STAGING_BYTES (CONSUMERS * 2 * BUFFER_BYTES)
+#define BUFFERS 3
+#define STAGING_BYTES (CONSUMERS * BUFFERS * BUFFER_BYTES)
 #define HANDED_BYTES (GATED ? PART / 8 * WARPGROUP * 16 : 0)
 // 2^23 + 2^15: what a whole number is off by when its bits are those of a float32.
 #define OFFSET 8421376.f
@@ -323,12 +324,12 @@ __device__ __forceinline__ void leave(const Problem &p, const Map *y, float (&v)
     int thread = threadIdx.x % WARPGROUP, warp = thread / 32, lane = thread % 32;
     u32 corner = shared_address(buffer);
     bool bulk = p.vectors && COUNT * 16 == PART;
-    // The store before the last one was from this buffer, or, from another tile of y, the last one.
+    // An earlier store was from this buffer, of another tile of y perhaps the last one.
     if (bulk && thread == 0) {
         if (is_first)
             wait_stores<0>();
         else
-            wait_stores<1>();
+            wait_stores<BUFFERS - 1>();
     }
     if (bulk || p.residual) sync_threads(2 + consumer, WARPGROUP);
     if (p.residual) {
@@ -420,7 +421,7 @@ __device__ __forceinline__ void finish(const Problem &p, const Map *y, const Pla
                 s[0] *= up.x, s[1] *= up.y, s[2] *= up.z, s[3] *= up.w;
             }
 #endif
-            leave<PART / 16>(p, y, v, token, row, out, staging + (2 * consumer + part % 2) * BUFFER_BYTES,
+            leave<PART / 16>(p, y, v, token, row, out, staging + (BUFFERS * consumer + part % BUFFERS) * BUFFER_BYTES,
                               consumer, part == 0);
 #if GATED
         }
@@ -479,7 +480,7 @@ __device__ __forceinline__ void finish_parts(const Problem &p, const Place &at, 
         float result[1][8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) result[0][i] = activate(v[0][i]) * (GATED ? v[GATED][i] : 1.f);
-        leave<1>(p, nullptr, result, token, row, out, staging + 2 * consumer * BUFFER_BYTES, consumer, true);
+        leave<1>(p, nullptr, result, token, row, out, staging + BUFFERS * consumer * BUFFER_BYTES, consumer, true);
     }
     // Shared memory stays until everybody has read it.
     sync_cluster();
@@ -532,8 +533,9 @@ struct Multiplier {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __grid_constant__ Map absmax,
           const __grid_constant__ Map y, const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
-    extern __shared__ char memory[];
-    char *base = memory + (1024 - (shared_address(memory) & 1023)) % 1024;
+    // Aligned as swizzled tiles want it, which holds as the system's own part before it is 1 KiB.
+    extern __shared__ __align__(1024) char base[];
+    if (shared_address(base) & 1023) __trap();
     char *staging = base + STAGES * (X_BYTES + CODE_BYTES);
     char *table = staging + STAGING_BYTES;
     float4 *handed = (float4 *)(table + TABLE_BYTES + STAGES * SCALE_BYTES);
