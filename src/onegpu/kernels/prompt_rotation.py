@@ -75,17 +75,17 @@ def largest_of(x):
 
 
 @triton.jit
-def scale_for(largest, CODE: tl.constexpr):
+def scale_for(largest, INT8: tl.constexpr):
     """float32 scales of rows whose largest magnitudes are [BLOCK_T, 1]; see `decode_reference`."""
-    return tl.math.div_rn(largest, 448.0 if CODE.is_floating() else 127.0)
+    return tl.math.div_rn(largest, 127.0 if INT8 else 448.0)
 
 
 @triton.jit
-def stored(x, scale, CODE: tl.constexpr, QUANTIZED: tl.constexpr):
+def stored(x, scale, CODE: tl.constexpr, INT8: tl.constexpr, QUANTIZED: tl.constexpr):
     """What the cache holds for x."""
     if QUANTIZED:
         x = tl.where(scale > 0, tl.math.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0)
-        if not CODE.is_floating():
+        if INT8:
             x = round_half_even(x)
     return x.to(CODE)
 
@@ -134,6 +134,7 @@ def rotate_and_append_kernel(
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     TURNED: tl.constexpr = cos_ptr.dtype.element_ty
     CODE: tl.constexpr = k_cache_ptr.dtype.element_ty
+    INT8: tl.constexpr = k_cache_ptr.dtype.element_ty == tl.int8
     first = tl.program_id(0) * HEADS
     token = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     wanted = token < T
@@ -178,12 +179,12 @@ def rotate_and_append_kernel(
                 scale = tl.zeros((BLOCK_T, 1), tl.float32)
                 if QUANTIZED:
                     largest = tl.maximum(tl.maximum(largest_of(low), largest_of(high)), largest_of(rest))
-                    scale = scale_for(largest, CODE)
+                    scale = scale_for(largest, INT8)
                     tl.store(k_scale_ptr + slot * stride_sb + head * stride_sh + place * stride_sn, scale, mask=wanted)
                 to = k_cache_ptr + slot * stride_kb + head * stride_kh + place * stride_kn
-                tl.store(to + low_at, stored(low, scale, CODE, QUANTIZED), mask=pairs)
-                tl.store(to + high_at, stored(high, scale, CODE, QUANTIZED), mask=pairs)
-                tl.store(to + rest_at, stored(rest, scale, CODE, QUANTIZED), mask=rest_mask)
+                tl.store(to + low_at, stored(low, scale, CODE, INT8, QUANTIZED), mask=pairs)
+                tl.store(to + high_at, stored(high, scale, CODE, INT8, QUANTIZED), mask=pairs)
+                tl.store(to + rest_at, stored(rest, scale, CODE, INT8, QUANTIZED), mask=rest_mask)
     else:
         dims = tl.arange(0, BLOCK_D)[None, :]
         mask = wanted & (dims < D)
@@ -192,10 +193,10 @@ def rotate_and_append_kernel(
             head = first - HQ - HKV + i
             scale = tl.zeros((BLOCK_T, 1), tl.float32)
             if QUANTIZED:
-                scale = scale_for(largest_of(v), CODE)
+                scale = scale_for(largest_of(v), INT8)
                 tl.store(v_scale_ptr + slot * stride_sb + head * stride_sh + place * stride_sn, scale, mask=wanted)
             to = v_cache_ptr + slot * stride_vb + head * stride_vh + place * stride_vn
-            tl.store(to + dims, stored(v, scale, CODE, QUANTIZED), mask=mask)
+            tl.store(to + dims, stored(v, scale, CODE, INT8, QUANTIZED), mask=mask)
 
 
 def constants(Hq: int, Hkv: int, D: int, R: int, **flags: bool) -> dict[str, Any]:
