@@ -26,13 +26,21 @@ def optimize(model: Any, *, kv_cache_dtype: str | None = None) -> Any:
         ConfigError: an unknown `kv_cache_dtype`.
         UnsupportedError: not a Transformers model.
     """
-    from onegpu.decoder import DecoderOptions, optimize_decoder
-    from onegpu.encoder import optimize_encoder
+    from onegpu.kernels.first_use import begin_for
 
     check_model(model)
-    options = DecoderOptions(kv_cache_dtype=kv_cache_dtype)
-    optimize_encoder(model)
-    optimize_decoder(model, options)
+    # What libraries do at first goes on while the rest of this package is imported and the model is looked at.
+    libraries = begin_for(model)
+    try:
+        from onegpu.decoder import DecoderOptions, optimize_decoder
+        from onegpu.encoder import optimize_encoder
+
+        options = DecoderOptions(kv_cache_dtype=kv_cache_dtype)
+        optimize_encoder(model)
+        optimize_decoder(model, options)
+    finally:
+        # Graphs are captured beside no other thread's work.
+        libraries.wait()
     return model
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from onegpu.decoder.cache import LayerShape
+from onegpu.decoder.fused.probe import PlainRun, noted
+from onegpu.decoder.fused.prove import STEPS as NOTED
 from onegpu.decoder.step import StepForward
 from onegpu.decoder.views import Segment
 from onegpu.decoder.workspace import Prefill
@@ -36,7 +38,8 @@ STEPS = 3
 class Trial:
     """Prompts, the tokens fed after them, and the plain model's logits [rows, 1 + STEPS, V].
 
-    `capacity` is the size of a slot that has room for each.
+    `capacity` is the size of a slot that has room for each. `seen`: the first tokens of the first prompt on their way
+    through the layers.
     """
 
     prompts: list[Tensor]
@@ -45,6 +48,7 @@ class Trial:
     dtype: torch.dtype
     is_loose: bool
     layers: int
+    seen: PlainRun | None = None
 
     @property
     def capacity(self) -> int:
@@ -99,12 +103,13 @@ def make_trial(model: nn.Module, vocab_size: int, device: torch.device) -> tuple
     width = max(lengths) + STEPS
     tokens = torch.randint(0, vocab_size, (len(lengths), width), generator=generator).to(device)
     cache: Any = DynamicCache(config=model.config)
-    with by_definition(model):
+    with by_definition(model), noted(model, (len(lengths), width), NOTED) as calls:
         output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
     logits = torch.stack([row[n - 1 : n + STEPS] for row, n in zip(output.logits, lengths, strict=True)]).float()
     prompts = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
     fed = torch.stack([row[n : n + STEPS] for row, n in zip(tokens, lengths, strict=True)])
-    return Trial(prompts, fed, logits, dtype_of(model), is_loose(model), len(cache.layers)), cache
+    seen = PlainRun(tokens[:1, :NOTED], output.logits[:1, :NOTED].clone(), calls)
+    return Trial(prompts, fed, logits, dtype_of(model), is_loose(model), len(cache.layers), seen), cache
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -119,7 +119,7 @@ def fuse(model: nn.Module, slots: Way, trial: Trial) -> Way | str:
     plan = recognise(model)
     if isinstance(plan, str):
         return f"its layers are not fused: {plan}"
-    reason = prove(plan)
+    reason = prove(plan, trial.seen)
     whole = FusedPrompts(plan, slots.chunk)
     # A plan is kept by its model, which it must not keep alive.
     plan.model = weakref.proxy(model)  # type: ignore[assignment]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,9 +32,28 @@ class GatedMlp:
 
 def close(got: Tensor, expected: Tensor) -> bool:
     """Equal but for a few roundings in the dtype of `got`. Waits for the device."""
-    wide, want = got.detach().double(), expected.detach().double()
-    bound = max(ROUNDINGS * torch.finfo(got.dtype).eps, SUMS) * want.abs().max()
-    return bool(((wide - want).abs().max() <= bound).item())
+    return all_close([(got, expected)])[0]
+
+
+def all_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """`close` of each pair; those of different shapes are not. Waits for the device once."""
+    found = [
+        beyond(got[None], expected[None]) if got.shape == expected.shape else expected.new_ones(1, dtype=torch.float64)
+        for got, expected in pairs
+    ]
+    return [value <= 0 for value in torch.cat(found).tolist()]
+
+
+def each_close(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """For each index of the first dimension whether all pairs of tensors are close there. Waits for the device once."""
+    return (torch.stack([beyond(got, expected) for got, expected in pairs]) <= 0).all(0).tolist()
+
+
+def beyond(got: Tensor, expected: Tensor) -> Tensor:
+    """[n]: by how much [n, ...] are further apart than a few roundings; no number where one of them is none."""
+    wide, want = got.detach().double().flatten(1), expected.detach().double().flatten(1)
+    bound = max(ROUNDINGS * torch.finfo(got.dtype).eps, SUMS) * want.abs().amax(1)
+    return (wide - want).abs().amax(1) - bound
 
 
 def norm_of(module: Any, size: int, dtype: torch.dtype) -> Norm | str:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from onegpu.decoder.cache import KVCache
 from onegpu.decoder.fused.plan import FusedPlan, LayerPlan
-from onegpu.decoder.fused.probe import ModuleCall, watched
-from onegpu.decoder.fused.prompt import FusedPrompt
+from onegpu.decoder.fused.probe import ModuleCall, PlainRun, watched
+from onegpu.decoder.fused.prompt import Angles, FusedPrompt
 from onegpu.decoder.fused.rehearse import layer_shapes, prompt_products, rehearse, rehearse_prompt
 from onegpu.decoder.fused.step import FusedStep
 from onegpu.decoder.views import Segment
@@ -35,7 +35,7 @@ from onegpu.kernels.compile_ahead import compile_ahead
 from onegpu.nn import QuantLinear8bit
 from onegpu.nn.definition import by_definition
 
-__all__ = ["proof_tolerance", "prove"]
+__all__ = ["STEPS", "proof_tolerance", "prove"]
 
 ROWS: Final = 1
 STEPS: Final = 6
@@ -49,20 +49,20 @@ def proof_tolerance(dtype: torch.dtype, halves: int = 1) -> float:
     return float(max(6 * torch.finfo(dtype).eps / 2, 1e-4) * halves**0.5)
 
 
-def prove(plan: FusedPlan) -> str | None:
+def prove(plan: FusedPlan, seen: PlainRun | None = None) -> str | None:
     """None where the fused step does what the plain model does, else what differs; the weights are then split again.
 
     The plan is joined afterwards. Waits for the device.
+
+    Args:
+        seen: a run of the plain model on `STEPS` tokens; without one, or where it lacks a layer, it is run here.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    size = min(plan.vocab_size, int(plan.embed.num_embeddings))  # type: ignore[arg-type]
-    tokens = torch.randint(0, size, (ROWS, STEPS), generator=generator).to(plan.device)
     try:
-        logits, calls = plain_run(plan, tokens)
+        run = seen if seen is not None and is_enough(plan, seen) else plain_run(plan)
         plan.join()
         compile_ahead(partial(rehearse_all, plan), plan.device, prompt_products(plan))
-        reason = compare(plan, tokens, logits, calls)
-        plan.why_not_prompts = compare_prompts(plan, calls)
+        reason = compare(plan, run.tokens, run.logits, run.calls)
+        plan.why_not_prompts = compare_prompts(plan, run.calls)
     except OneGpuError as error:
         reason = error.message
     if reason is not None:
@@ -70,15 +70,30 @@ def prove(plan: FusedPlan) -> str | None:
     return reason
 
 
-def plain_run(plan: FusedPlan, tokens: Tensor) -> tuple[Tensor, dict[nn.Module, ModuleCall]]:
-    """Logits [ROWS, STEPS, V] of the plain model without a cache, and what its layers were given and gave."""
-    modules: list[nn.Module] = []
+def is_enough(plan: FusedPlan, seen: PlainRun) -> bool:
+    """Whether a run has every layer, and no 8-bit layer that rounded its input to int8."""
+    if seen.tokens.shape != (ROWS, STEPS) or not all(module in seen.calls for module in compared(plan)):
+        return False
+    return plan.device.type != "cpu" or not any(isinstance(m, QuantLinear8bit) for m in plan.model.modules())
+
+
+def compared(plan: FusedPlan) -> list[nn.Module]:
+    """The modules that halves are compared with, and the last norm."""
+    modules: list[nn.Module] = [plan.norm.module]
     for layer in plan.layers:
         modules += [plan.names[layer.name], middle_of(layer)]
+    return modules
+
+
+def plain_run(plan: FusedPlan) -> PlainRun:
+    """The plain model without a cache on random tokens [ROWS, STEPS], and what its layers were given and gave."""
+    generator = torch.Generator().manual_seed(SEED)
+    size = min(plan.vocab_size, int(plan.embed.num_embeddings))  # type: ignore[arg-type]
+    tokens = torch.randint(0, size, (ROWS, STEPS), generator=generator).to(plan.device)
     calls: list[ModuleCall] = []
-    with torch.no_grad(), exact_int8(plan), by_definition(plan.model), watched([*modules, plan.norm.module], calls):
+    with torch.no_grad(), exact_int8(plan), by_definition(plan.model), watched(compared(plan), calls):
         logits: Tensor = plan.model(input_ids=tokens, use_cache=False).logits
-    return logits, {call.module: call for call in calls}
+    return PlainRun(tokens, logits, {call.module: call for call in calls})
 
 
 def rehearse_all(plan: FusedPlan) -> None:
@@ -118,7 +133,9 @@ def compare(plan: FusedPlan, tokens: Tensor, logits: Tensor, calls: dict[nn.Modu
     step = FusedStep(plan, kv)
     places = [torch.full((ROWS,), index, dtype=torch.int32, device=plan.device) for index in range(STEPS)]
     with torch.no_grad():
-        found = [part for index in range(len(plan.layers)) for part in compare_halves(step, index, places, calls)]
+        angles = [step.angles(place) for place in places]
+        halves = (compare_halves(step, index, places, angles, calls) for index in range(len(plan.layers)))
+        found = [part for both in halves for part in both]
         last = calls[plan.norm.module].given
         found.append(apart(step.logits(last[:, -1]), logits[:, -1], plan, "its head"))
         # Where two experts are nearly as good, a rounding decides between them; each layer is compared.
@@ -150,20 +167,25 @@ def middle_of(layer: LayerPlan) -> nn.Module:
 
 
 def compare_halves(
-    step: FusedStep, index: int, places: list[Tensor], calls: dict[nn.Module, ModuleCall]
+    step: FusedStep, index: int, places: list[Tensor], angles: list[Angles], calls: dict[nn.Module, ModuleCall]
 ) -> list[Difference]:
-    """Both halves of a layer on what the plain layer's are given; an MLP run by its own forward is not compared."""
+    """Both halves of a layer on what the plain layer's are given; an MLP run by its own forward is not compared.
+
+    Attention is compared for each token, since it sees one key more each time, an MLP for the first and the last.
+    """
     plan, layer = step.plan, step.plan.layers[index]
     whole = calls[plan.names[layer.name]]
     middle = calls[middle_of(layer)].given.view_as(whole.given)
     attended = [
-        step.attention(index, whole.given[:, position], place, step.angles(place))
+        step.attention(index, whole.given[:, position], place, angles[position])
         for position, place in enumerate(places)
     ]
     found = [change_apart(plan, whole.given, middle, torch.stack(attended, dim=1), f"attention of {layer.name}")]
     if layer.down is not None:
-        last = [step.mlp(layer, middle[:, position]) for position in range(STEPS)]
-        found.append(change_apart(plan, middle, whole.output, torch.stack(last, dim=1), f"the MLP of {layer.name}"))
+        chosen = slice(0, STEPS, STEPS - 1)
+        last = [step.mlp(layer, middle[:, position]) for position in range(STEPS)[chosen]]
+        plain = whole.output[:, chosen]
+        found.append(change_apart(plan, middle[:, chosen], plain, torch.stack(last, dim=1), f"the MLP of {layer.name}"))
     return found
 
 

@@ -1,18 +1,19 @@
 """Whether a model is one that the fused step can run: a plan with every number in it, or the reason why not.
 
 Known by structure and by what the parts compute: the modules' names say where to look; which norm stands where, what
-positions do to queries and keys, which window and scale a layer asks for, is read off two probes of the plain model.
+positions do to queries and keys, which window and scale a layer asks for, is read off a probe of the plain model.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Hashable
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from onegpu.decoder.fused.parts import activation_of, close, gated_mlp, norm_of, qkv_of
+from onegpu.decoder.fused.parts import activation_of, all_close, close, each_close, gated_mlp, norm_of, qkv_of
 from onegpu.decoder.fused.plan import FusedPlan, LayerPlan, Norm, Rotary, is_touched
 from onegpu.decoder.fused.probe import AttentionCall, ModuleCall, Probe, watch
 from onegpu.kernels.decode_ops import MAX_DECODE_HEAD_DIM
@@ -33,7 +34,7 @@ class Unrecognised(Exception):  # noqa: N818  (it never leaves this file)
 def recognise(model: nn.Module) -> FusedPlan | str:
     """The plan of a fused decode step for a Transformers causal language model, or why there is none.
 
-    Runs the plain model on one token twice; changes nothing.
+    Runs the plain model once, on one token at two positions; changes nothing.
     """
     try:
         return Reader(model).plan()
@@ -58,6 +59,7 @@ class Reader:
         except NotImplementedError as error:
             raise Unrecognised(f"{type(model).__name__} does not say which its embeddings are") from error
         self.rotaries: list[Rotary] = []
+        self.norm_kinds: dict[Hashable, tuple[float, float]] = {}
 
     def plan(self) -> FusedPlan:
         """The plan, or `Unrecognised`."""
@@ -72,18 +74,19 @@ class Reader:
         rotary_limit = self.length_dependent()
         last = last if rotary_limit is None else min(last, rotary_limit - 1)
         try:
-            probes = [watch(self.model, watched, 1, position, device) for position in (0, last)]
+            probe = watch(self.model, watched, 1, (0, last), device)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
             raise Unrecognised(f"its forward could not be followed: {type(error).__name__}: {error}") from error
-        for probe in probes:
-            if len(probe.attention) != len(layers):
-                raise Unrecognised(
-                    f"{len(layers)} layers called attention {len(probe.attention)} times through the interface"
-                )
-        self.dtype = probes[0].attention[0].query.dtype
+        if len(probe.attention) != len(layers):
+            raise Unrecognised(
+                f"{len(layers)} layers called attention {len(probe.attention)} times through the interface"
+            )
+        self.dtype = probe.attention[0].query.dtype
         if self.dtype not in FLOATS or self.dtype != dtype:
             raise Unrecognised(f"it computes in {self.dtype} on embeddings in {dtype}")
-        plans = [self.layer(index, layer, probes, last, device) for index, layer in enumerate(layers)]
+        plans = [self.layer(index, layer, probe) for index, layer in enumerate(layers)]
+        for found, rotary in zip(plans, self.rotations(layers, probe, last, device), strict=True):
+            found.rotary = rotary
         plan = FusedPlan(
             model=self.model,
             embed=self.embed,
@@ -95,7 +98,7 @@ class Reader:
             device=device,
             vocab_size=int(self.head.out_features),
         )
-        self.ends(plan, layers, final_norm, probes[0])
+        self.ends(plan, layers, final_norm, probe)
         own = [layer for layer in plans if layer.down is None]
         if own:
             plan.experts_configs = tuple(configs_with_experts(self.model))
@@ -142,10 +145,10 @@ class Reader:
             if type(module).__module__.startswith("peft."):
                 raise Unrecognised(f"{self.named(module)} is an adapter")
 
-    def layer(self, index: int, layer: Any, probes: list[Probe], position: int, device: torch.device) -> LayerPlan:
-        """One layer, its attention, its order."""
+    def layer(self, index: int, layer: Any, probe: Probe) -> LayerPlan:
+        """One layer, its attention, its order; `rotations` are read of all layers at once."""
         attention, mlp = layer.self_attn, layer.mlp
-        call, far = (probe.attention[index] for probe in probes)
+        call = probe.attention[index]
         num_heads, head_dim = call.query.shape[1], call.query.shape[3]
         num_kv_heads = call.key.shape[1]
         if call.value.shape != call.key.shape or call.key.shape[3] != head_dim or head_dim > MAX_DECODE_HEAD_DIM:
@@ -163,7 +166,7 @@ class Reader:
         if gated is not None:
             activation = activation_of(gated.activation)
             gated = None if activation is None else gated
-        order = self.order(layer, probes[0])
+        order = self.order(layer, probe)
         return LayerPlan(
             name=self.names[layer],
             qkv=parts,
@@ -175,7 +178,7 @@ class Reader:
             window=call.window,
             softcap=call.softcap,
             sinks=call.sinks,
-            rotary=self.rotation(attention, call, far, index, position, device),
+            rotary=None,
             q_norm=q_norm,
             k_norm=k_norm,
             head_norm=by_head,
@@ -219,10 +222,14 @@ class Reader:
         return q_norm, k_norm, by_head
 
     def norm(self, module: Any, size: int) -> Norm:
-        """An RMSNorm over `size` elements."""
+        """An RMSNorm over `size` elements; tried once for all that differ in nothing but their weights."""
+        kind = kind_of_norm(module, size)
+        if kind in self.norm_kinds:
+            return Norm(module, *self.norm_kinds[kind])
         found = norm_of(module, size, getattr(self, "dtype", torch.float32))
         if isinstance(found, str):
             raise Unrecognised(f"{self.named(module)}: {found}")
+        self.norm_kinds[kind] = found.eps, found.offset
         return found
 
     def order(self, layer: Any, probe: Probe) -> dict[str, Norm | None]:
@@ -254,42 +261,62 @@ class Reader:
         middle = add(whole.given, branch)
         mlp_input = pick("mlp_norm", middle)
         out = add(middle, pick("post_mlp_norm", mlp.output))
-        for what, got, expected in (
-            ("its attention", attention.given, normed),
-            ("its MLP", mlp.given, mlp_input),
-            ("the next layer", whole.output, out),
-        ):
-            if got.shape != expected.shape or not close(got, expected):
+        pairs = [(attention.given, normed), (mlp.given, mlp_input), (whole.output, out)]
+        for what, is_so in zip(("its attention", "its MLP", "the next layer"), all_close(pairs), strict=True):
+            if not is_so:
                 raise Unrecognised(f"{self.named(layer)} gives {what} something else than a residual layer does")
         if others:
             raise Unrecognised(f"{self.named(others[0][0])} has no place in a residual layer")
         return places
 
-    def rotation(
-        self, attention: Any, here: AttentionCall, far: AttentionCall, index: int, position: int, device: torch.device
-    ) -> int | None:
-        """Index of the rotary embedding that turns this layer's queries and keys; None if positions don't."""
-        if close(here.query, far.query) and close(here.key, far.key):
-            return None
-        for candidate in self.candidates(index):
+    def rotations(self, layers: list[Any], probe: Probe, position: int, device: torch.device) -> list[int | None]:
+        """For each layer the rotary embedding that turns its queries and keys, None if positions don't."""
+        groups: dict[Hashable, list[int]] = {}
+        types = getattr(self.config, "layer_types", None) or []
+        for index, call in enumerate(probe.attention):
+            own = types[index] if index < len(types) else None
+            groups.setdefault((own, call.query.shape, call.key.shape), []).append(index)
+        found: dict[int, int | None] = {}
+        for (own, *_), members in groups.items():  # type: ignore[misc]
+            found.update(self.rotations_of(members, own, probe, position, device))
+        for index, layer in enumerate(layers):
+            if index not in found:
+                raise Unrecognised(
+                    f"{self.named(layer.self_attn)}: no rotary embedding of the model does what positions do to it"
+                )
+        return [found[index] for index in range(len(layers))]
+
+    def rotations_of(
+        self, members: list[int], own: str | None, probe: Probe, position: int, device: torch.device
+    ) -> dict[int, int | None]:
+        """The same of layers of one type and size; those that none fits are left out."""
+        calls = [probe.attention[index] for index in members]
+        # Each is of layers, rows, heads, D.
+        q, k = torch.stack([c.query[:, :, 0] for c in calls]), torch.stack([c.key[:, :, 0] for c in calls])
+        is_still = each_close([(t[:, 0], t[:, 1]) for t in (q, k)])
+        found: dict[int, int | None] = {index: None for index, still in zip(members, is_still, strict=True) if still}
+        for candidate in self.candidates(own):
+            left = [place for place, index in enumerate(members) if index not in found]
+            if not left:
+                break
             cos, sin = candidate.cos_sin(torch.tensor([0, position], device=device), self.dtype)
             size = cos.shape[-1]
-            if size > here.query.shape[-1] or size % 2:
+            if size > q.shape[-1] or size % 2:
                 continue
-            turned = []
-            for tensor in (here.query, here.key):
+            pairs = []
+            for tensor in (q[left], k[left]):
                 # At position 0 the rotated part is only scaled, by what YaRN and its kin scale attention with.
-                start = tensor[:, :, 0].float().clone()
-                start[..., :size] /= cos[0, 0].float()
-                turned.append(rotate(start, cos[1:].float(), sin[1:].float(), candidate.interleaved))
-            if all(close(t[:, :, 0], want) for t, want in zip((far.query, far.key), turned, strict=True)):
-                return self.remember(candidate)
-        raise Unrecognised(f"{self.named(attention)}: no rotary embedding of the model does what positions do to it")
+                start = tensor[:, 0].float()
+                start[..., :size] /= cos[0].float()
+                pairs.append((tensor[:, 1], rotate(start, cos[1:].float(), sin[1:].float(), candidate.interleaved)))
+            fits = [members[place] for place, fit in zip(left, each_close(pairs), strict=True) if fit]
+            if fits:
+                found.update(dict.fromkeys(fits, self.remember(candidate)))
+        return found
 
-    def candidates(self, index: int) -> list[Rotary]:
-        """Every way in which the model's rotary embeddings could be applied, the layer's own type first."""
+    def candidates(self, own: str | None) -> list[Rotary]:
+        """Every way in which the model's rotary embeddings could be applied, those for layers of type `own` first."""
         types = getattr(self.config, "layer_types", None) or []
-        own = types[index] if index < len(types) else None
         found = []
         for module in self.decoder.children():
             names = list(inspect.signature(module.forward).parameters)
@@ -349,6 +376,13 @@ class Reader:
     def named(self, module: Any) -> str:
         """A module's name and class, for a reason."""
         return f"{self.names.get(module) or 'the model'} ({type(module).__name__})"
+
+
+def kind_of_norm(module: Any, size: int) -> Hashable:
+    """Equal for norms of one class whose plain attributes are equal: they compute the same of their weights."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, type(None)))}
+    weight = getattr(module, "weight", None)
+    return type(module), size, getattr(weight, "shape", None), getattr(weight, "dtype", None), tuple(plain.items())
 
 
 def finish(logits: Tensor, divisor: float, softcap: float | None) -> Tensor:
