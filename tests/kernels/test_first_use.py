@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,14 @@ def test_rows_are_those_of_proofs() -> None:
     width = max(prove.GPU_LENGTHS) + prove.STEPS
     assert width == first_use.PROOF_TOKENS
     assert (len(prove.GPU_LENGTHS) * width, 2) == first_use.PROOF_ROWS
+
+
+def test_launchers_are_those_of_operators() -> None:
+    source = "".join(path.read_text() for path in Path(first_use.__file__).parent.glob("*_ops.py"))
+    source += (Path(first_use.__file__).parent / "decode_products.py").read_text()
+    source += (Path(first_use.__file__).parent / "ops.py").read_text()
+    for name in first_use.LAUNCHERS:
+        assert f'cuda="onegpu.kernels.{name}"' in source
 
 
 @pytest.mark.gpu

@@ -140,7 +140,7 @@ def layer_shapes(cache: Cache) -> list[LayerShape] | str:
 
 
 def why_not_equal(
-    trial: Trial, prefill: Prefill, step: StepForward, chunks: bool, rows: int | None = None
+    trial: Trial, prefill: Prefill, step: StepForward, chunks: bool, rows: int | None = None, steps: int = STEPS
 ) -> str | None:
     """Run the trial through prompts and steps; None where every logit agrees, else the sentence why not.
 
@@ -149,11 +149,11 @@ def why_not_equal(
     rows = len(trial.prompts) if rows is None else rows
     try:
         first = prompt_logits(trial, prefill, chunks)
-        steps = step_logits(trial, step, rows)
+        followed = step_logits(trial, step, rows, steps)
     except Exception as error:
         message = str(error).splitlines()[0] if str(error) else ""
         return f"it failed: {type(error).__name__}: {message}"
-    return trial.why_not(first, trial.logits[:, 0]) or trial.why_not(steps, trial.logits[:rows, 1:])
+    return trial.why_not(first, trial.logits[:, 0]) or trial.why_not(followed, trial.logits[:rows, 1 : 1 + steps])
 
 
 def prompt_logits(trial: Trial, prefill: Prefill, chunks: bool) -> Tensor:
@@ -168,11 +168,11 @@ def prompt_logits(trial: Trial, prefill: Prefill, chunks: bool) -> Tensor:
     return torch.cat([found[:-1], rest.float()])
 
 
-def step_logits(trial: Trial, step: StepForward, rows: int) -> Tensor:
-    """Logits [rows, STEPS, V] of the first rows' steps."""
+def step_logits(trial: Trial, step: StepForward, rows: int, steps: int) -> Tensor:
+    """Logits [rows, steps, V] of the first rows' steps."""
     lengths = [prompt.shape[0] for prompt in trial.prompts[:rows]]
     positions = torch.tensor(lengths, dtype=torch.int32, device=trial.fed.device)
-    found = [step(trial.fed[:rows, number].contiguous(), positions + number).float() for number in range(STEPS)]
+    found = [step(trial.fed[:rows, number].contiguous(), positions + number).float() for number in range(steps)]
     return torch.stack(found, 1)
 
 

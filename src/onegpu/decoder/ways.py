@@ -148,9 +148,13 @@ def why_not(model: nn.Module, way: Way, trial: Trial) -> str | None:
     # Keys and values in 8 bit are less exact by choice: what is proved is the way.
     kv = replace(way, kv_cache_dtype=None).memory(len(trial.prompts), trial.capacity)
     prefill, step = way.prefill(model, kv), way.step(model, kv)
-    # More rows of a fused step are held against one when they first come.
-    rows = 1 if way.name == "fused" and not isinstance(step, UniversalStep) else None
-    reason = why_not_equal(trial, prefill, step, way.chunk != UNLIMITED, rows)
+    chunks = way.chunk != UNLIMITED
+    if way.name == "fused" and not isinstance(step, UniversalStep):
+        # More rows of a fused step are held against one when they first come. Steps are proved by `prove`: here they
+        # read what a prompt, and a step behind it, has written.
+        reason = why_not_equal(trial, prefill, step, chunks, rows=1, steps=2)
+    else:
+        reason = why_not_equal(trial, prefill, step, chunks)
     asked = windows_asked(way, prefill, step)
     if way.name != "masked" and (asked is None or len(asked) < len(way.shapes)):
         return "its layers compute attention themselves"

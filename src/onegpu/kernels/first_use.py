@@ -10,6 +10,7 @@ comes first to a library does it.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,8 @@ __all__ = ["FirstUse", "begin_for"]
 # How many rows plain models are run on by the proofs of decoders: libraries choose kernels by that.
 PROOF_ROWS: Final = (729, 2)
 PROOF_TOKENS: Final = 243
+# Where the launchers of a decoder's operators are: they are imported when each is first called, at the latest.
+LAUNCHERS: Final = ("dequantize", "matmul_4bit_tiled", "rms", "split_launch", "prompt_rotation", "gemv_16bit")
 # Of a weight made for a product that is thrown away.
 MOST_BYTES: Final = 2**28
 
@@ -148,7 +151,7 @@ def normed(x: Tensor) -> Tensor:
 
 
 def compilers() -> None:
-    """Triton's name for its cache, which is a hash of all of its files, its tools on the device, and NVRTC."""
+    """Triton's name for its cache, which is a hash of all of its files, its tools on the device, NVRTC, our kernels."""
     with suppress(Exception):
         from triton.runtime import cache, driver
 
@@ -158,3 +161,6 @@ def compilers() -> None:
 
     if why_not_nvrtc() is None:
         from cuda.bindings import driver as _driver  # noqa: F401
+    for name in LAUNCHERS:
+        with suppress(ImportError):
+            importlib.import_module(f"onegpu.kernels.{name}")

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from onegpu.kernels import asm_4bit as asm
 from onegpu.kernels.gemv_4bit_config import Config, configure
-from onegpu.kernels.launch import NO_CONTRACTION, nested_arguments, on_device_of
+from onegpu.kernels.launch import NO_CONTRACTION, capability, nested_arguments, on_device_of
 from onegpu.kernels.tail_device import activate
 
 __all__ = ["constants", "gemv_4bit", "gemv_4bit_kernel", "processors", "why_not_gemv"]
@@ -648,7 +648,7 @@ def gemv_4bit(
         activation=activation,
         gated=gated,
         overlap=overlap,
-        capability=torch.cuda.get_device_capability(device),
+        capability=capability(device),
     )
     with on_device_of(rows):
         gemv_4bit_kernel[(config.grid(N, processors(device)),)](

@@ -50,7 +50,8 @@ FLOAT16_MAX: Final = tl.constexpr(65504.0)
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """The current device becomes that of `tensor` for a launch; the stream is the caller's current one there."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    # By its index: torch looks longer at a `torch.device`.
+    return torch.cuda.device(tensor.get_device()) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache

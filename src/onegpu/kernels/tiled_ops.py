@@ -226,5 +226,11 @@ def linear_4bit_tiled(
         tail.check_tail(OP, x, out_features, residual, activation, gated)
         t = _linear_4bit_tiled(x, *weight, None, None, False, overlap)
         return tail.apply_tail(t.float(), residual, activation, gated, x.dtype)
-    y: Tensor = _linear_4bit_tiled(x, *weight, residual, activation, gated, overlap)
+    y: Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y = _linear_4bit_tiled(x, *weight, residual, activation, gated, overlap)
+    else:
+        # Past the Python in which torch would find out that there is nothing to keep for a backward.
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _linear_4bit_tiled(x, *weight, residual, activation, gated, overlap)
     return y
