@@ -125,7 +125,7 @@ def test_every_refusal_has_a_reason() -> None:
             (PrefillSpec(CUDA, half, 64, 64, has_sinks=True), "neither a soft cap nor sinks"),
             (PrefillSpec(CUDA, torch.float32, 64, 64), "takes float16 and bfloat16, not torch.float32"),
             (PrefillSpec(CUDA, half, 256, 256), "up to 128, keys and values alike, not 256 and 256"),
-            (PrefillSpec(CUDA, half, 64, 64), "one whole prompt of at least 16,384 tokens"),
+            (PrefillSpec(CUDA, half, 64, 64), "one whole prompt of at least 20,480 tokens"),
         ],
         "torch_flash": [
             (PrefillSpec(CPU, half, 64, 64), "needs a CUDA device, the tokens are on cpu"),
@@ -151,12 +151,12 @@ def test_every_refusal_has_a_reason() -> None:
 
 def test_what_is_long_and_square() -> None:
     for lengths_q, lengths_k, window, expected in (
-        ((16384,), (16384,), None, True),
-        ((20000,), (20000,), 20000, True),
-        ((20000,), (20000,), 4096, False),
-        ((16383,), (16383,), None, False),
-        ((16384,), (20000,), None, False),
-        ((16384, 16384), (16384, 16384), None, False),
+        ((20480,), (20480,), None, True),
+        ((24000,), (24000,), 24000, True),
+        ((24000,), (24000,), 4096, False),
+        ((20479,), (20479,), None, False),
+        ((20480,), (24000,), None, False),
+        ((20480, 20480), (20480, 20480), None, False),
     ):
         assert is_long_square(PrefillBounds.of(lengths_q, lengths_k), window) is expected
 

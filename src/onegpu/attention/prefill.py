@@ -31,7 +31,7 @@ from onegpu.kernels.prefill_ops import (
 )
 
 # cuDNN plans for each shape anew, which takes as long as it saves on shorter prompts.
-CUDNN_TOKENS: Final = 16384
+CUDNN_TOKENS: Final = 20480
 CUDNN_HEAD_DIM: Final = 128
 # Where it was measured, or is made for: data center cards of the last two generations.
 CUDNN_CAPABILITIES: Final = ((9, 0), (10, 0), (10, 3))

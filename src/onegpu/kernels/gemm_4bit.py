@@ -108,14 +108,9 @@ def product(tokens: int, kind: str) -> str:
     )
 
 
+@functools.cache
 def kernel(
-    tokens: int,
-    blocksize: int,
-    dtype: torch.dtype,
-    *,
-    gated: bool,
-    activation: str | None,
-    device: torch.device,
+    tokens: int, blocksize: int, dtype: torch.dtype, *, gated: bool, activation: str | None, device: torch.device
 ) -> nvrtc.Function:
     """The compiled kernel on a device."""
     groups = 2 if blocksize == 32 else 1

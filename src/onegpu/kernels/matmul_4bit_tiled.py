@@ -23,6 +23,7 @@ from onegpu.kernels.gemm_4bit import MIN_ROWS, gemm_4bit, why_not_gemm
 from onegpu.kernels.gemv_4bit import gemv_4bit, why_not_gemv
 from onegpu.kernels.gemv_4bit_config import MAX_ROWS
 from onegpu.kernels.launch import NO_CONTRACTION, decode, nested_arguments, on_device_of
+from onegpu.kernels.prompt_ops import gated_activation
 
 __all__ = ["linear_4bit_tiled"]
 
@@ -152,6 +153,8 @@ def way_of(M: int, device: torch.device, dtype: torch.dtype) -> Callable[..., An
 
 def _followed(y: Tensor, residual: Tensor | None, activation: str | None, gated: bool) -> Tensor:
     """The tail, where the product is rounded before it: as plain modules in a row do."""
+    if activation is not None and gated and residual is None:
+        return gated_activation(y, activation)
     if activation is not None:
         return tail.apply_tail(y.float(), residual, activation, gated, y.dtype)
     return y if residual is None else y.add_(residual)
