@@ -59,7 +59,9 @@ def test_every_task_is_what_torch_can_do(dtype: torch.dtype) -> None:
     first_use.products(weights, (3, 1), dtype, CPU)
     first_use.attention(4, 2, 16, 9, dtype, CPU)
     first_use.attention(4, 4, 16, 9, dtype, CPU)
-    first_use.elementwise(64, 16, dtype, CPU)
+    first_use.layers(64, 16, dtype, CPU)
+    first_use.proofs(dtype, CPU)
+    first_use.choices(CPU)
 
 
 def test_what_is_too_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +104,7 @@ def test_on_a_gpu_no_task_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(FirstUse, "run", run)
     libraries = begin_for(Tiny().cuda())
-    assert len(libraries.threads) == 4
+    assert len(libraries.threads) == 6
     libraries.wait()
     torch.cuda.synchronize()
     assert failed == []

@@ -79,7 +79,9 @@ def begin_for(model: Any) -> FirstUse:
         libraries.begin(
             partial(products, weights_by_size(model, dtype), PROOF_ROWS, dtype, device),
             partial(attention, heads, kv_heads, head_dim, PROOF_TOKENS, dtype, device),
-            partial(elementwise, width, head_dim, dtype, device),
+            partial(layers, width, head_dim, dtype, device),
+            partial(proofs, dtype, device),
+            partial(choices, device),
         )
     return libraries
 
@@ -121,33 +123,63 @@ def attention(
         F.scaled_dot_product_attention(q, k, k, is_causal=length > 1, enable_gqa=num_kv_heads != num_heads)
 
 
-def elementwise(width: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    """What decoders do between products, and what proofs do with the results."""
-    table = torch.zeros(16, width, dtype=dtype, device=device)
-    ids = torch.arange(8, device=device)
-    x = F.embedding(ids, table)[None]
-    normed(x)
+def layers(width: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """What plain layers of decoders do between products: norms, rotations, activations, sums."""
+    ids = torch.arange(8, device=device) + 0
+    x = F.embedding(ids, torch.zeros(16, width, dtype=dtype, device=device))[None]
+    wide = x.float()
+    x = x * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
     x = x + F.silu(x) * x
-    angles = torch.ones(1, head_dim // 2, 1, device=device) @ ids[None, None, :].float()
+    half = max(1, head_dim // 2)
+    angles = torch.ones(1, half, 1, device=device) @ ids[None, None, :].float()
     both = torch.cat((angles.transpose(1, 2), angles.transpose(1, 2)), dim=-1)
-    cos, sin = both.cos().to(dtype)[:, None], both.sin().to(dtype)[:, None]
-    heads = x[..., : cos.shape[-1]].view(1, 8, 1, -1).transpose(1, 2)
-    half = heads.shape[-1] // 2
+    cos, sin = (both.cos() * 1.0).to(dtype), (both.sin() * 1.0).to(dtype)
+    heads = torch.zeros(1, 2, 8, 2 * half, dtype=dtype, device=device)
     heads = heads * cos + torch.cat((-heads[..., half:], heads[..., :half]), dim=-1) * sin
     torch.cat([heads, heads], dim=-2)
-    places = ids.int().clamp(0, 7)
-    x[0].index_select(0, places)
-    x[0][ids]
-    wide = (x.double() - x).abs().max()
-    torch.stack((wide, wide)).to(dtype)
+    heads.transpose(1, 2).contiguous()
+
+
+def proofs(dtype: torch.dtype, device: torch.device) -> None:
+    """What proofs do with what they compare."""
+    x = torch.zeros(2, 8, dtype=dtype, device=device)
     torch.equal(x, x)
-    x.float().argmax(dim=-1)
+    wide = x.double()
+    apart = (wide - x).abs()
+    bound = apart.amax(1) * 2.0
+    _ = torch.cat([bound - bound, bound]) <= 0
+    torch.stack((apart.max(), x.abs().max().double(), torch.zeros_like(apart.max())))
+    places = torch.full((2,), 1, dtype=torch.int32, device=device).clamp(0, 7)
+    _ = places + 1, places.long(), torch.cat((places, places))
+    table = torch.stack((x, x), dim=1)
+    table.index_select(0, places - places)
+    found = torch.stack((x.float(), x.float()), 1)
+    _ = found.isnan().any(), (found - found).abs().max(), x[places.long()]
+    found[:1] /= found[1:]
+    x.add_(x)
 
 
-def normed(x: Tensor) -> Tensor:
-    """RMSNorm as Transformers' layers write it."""
-    wide = x.float()
-    return x * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+def choices(device: torch.device) -> None:
+    """What choosing a token does, and the books of it."""
+    logits = F.pad(torch.zeros(1, 64, device=device), (0, 0, 0, 1))
+    chosen = logits.argmax(dim=-1)
+    bad = logits.amax(dim=-1).isnan()
+    history = torch.zeros(2, 8, dtype=torch.int64, device=device)
+    slots = torch.arange(2, device=device)
+    history[slots, slots] = chosen
+    history[slots, slots] = 0
+    history.scatter_(1, slots[:, None], chosen[:, None])
+    counts = torch.zeros(2, dtype=torch.int32, device=device)
+    counts[slots] = 1
+    counts.add_(1).clamp_(0, 7)
+    flags = torch.ones(2, dtype=torch.bool, device=device)
+    flags[slots] = False
+    flags.copy_((flags & ~bad) | (chosen >= counts))
+    chosen.copy_(flags)
+    _ = chosen.to(torch.int32), chosen.clone(), torch.stack([chosen, chosen]), torch.cat([chosen, chosen])
+    mask = history.eq(0)
+    _ = mask.all(), mask.any(), history.cumsum(-1) - 1, history.aminmax(), history.masked_fill(mask, 1), history < 1
+    torch.empty(64, pin_memory=device.type == "cuda").copy_(logits[0], non_blocking=True)
 
 
 def compilers() -> None:

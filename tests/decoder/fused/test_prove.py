@@ -10,7 +10,7 @@ import torch
 
 from decoder.fused.models import FORMATS, TINY, build, plan_of, quantize
 from decoder.fused.test_recognise import REFUSED
-from onegpu.decoder.fused import FusedPlan, prove
+from onegpu.decoder.fused import FusedPlan, FusedPrompt, FusedStep, prove
 from onegpu.decoder.fused.plan import Norm
 from onegpu.decoder.fused.prove import proof_tolerance
 
@@ -104,3 +104,27 @@ def test_tolerances() -> None:
     assert proof_tolerance(torch.float32) == 1e-4
     assert proof_tolerance(torch.bfloat16) == pytest.approx(6 * 2**-8)
     assert proof_tolerance(torch.float16, 4) == pytest.approx(12 * 2**-11)
+
+
+def test_steps_are_right_where_a_prompt_leaves_something_else_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(build("llama"))
+    right = FusedPrompt.append
+
+    def wrong(self: Any, layer: Any, cache: Any, *rest: Any) -> None:
+        right(self, layer, cache, *rest)
+        cache.k.mul_(-3.0)
+
+    monkeypatch.setattr(FusedPrompt, "append", wrong)
+    assert prove(plan) is None
+    assert plan.why_not_prompts is not None
+    assert plan.why_not_prompts.startswith("attention of model.layers.0 differs")
+
+
+def test_a_step_that_is_wrong_behind_a_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(build("llama"))
+    right = FusedStep.attention
+    # What a step does that forgets its newest keys.
+    monkeypatch.setattr(
+        FusedStep, "attention", lambda self, i, h, positions, a: right(self, i, h, (positions - 1).clamp(0), a)
+    )
+    assert (prove(plan) or "").startswith("attention of model.layers.0 differs")

@@ -8,6 +8,8 @@ element instead of the average one, is what is allowed: 6 u of the largest chang
 it is sqrt(2 * layers + 1) times as much of the largest logit. Sums over thousands of float32 products differ by more
 than 6 u, so in float32 it is 1e-4.
 
+A prompt of all tokens goes first. Steps read the keys and values that it wrote, and write their own over them.
+
 One sequence, so that only the kernels of one row are needed before the first token; `onegpu.decoder.fused.rows` holds
 more rows against one, when they first come. All that is compared is read by the host at once.
 """
@@ -40,6 +42,9 @@ __all__ = ["STEPS", "proof_tolerance", "prove"]
 ROWS: Final = 1
 STEPS: Final = 6
 SEED: Final = 0
+# A step with nothing before it, one with a token before it, and the last one; where a prompt wrote the keys between.
+FEW: Final = (0, 1, STEPS - 1)
+ALL: Final = tuple(range(STEPS))
 # So small that every column of x is an outlier, which LLM.int8() multiplies in 16 bit.
 ALL_OUTLIERS: Final = 1e-30
 
@@ -61,8 +66,15 @@ def prove(plan: FusedPlan, seen: PlainRun | None = None) -> str | None:
         run = seen if seen is not None and is_enough(plan, seen) else plain_run(plan)
         plan.join()
         compile_ahead(partial(rehearse_all, plan), plan.device, prompt_products(plan))
-        reason = compare(plan, run.tokens, run.logits, run.calls)
-        plan.why_not_prompts = compare_prompts(plan, run.calls)
+        kv = KVCache(layer_shapes(plan), ROWS, STEPS)
+        plan.why_not_prompts = compare_prompts(plan, kv, run.calls)
+        reason = None
+        if plan.why_not_prompts is None:
+            reason = compare(plan, kv, FEW, run)
+        if plan.why_not_prompts is not None or reason is not None:
+            # Steps may be right where prompts are not.
+            plan.why_not_prompts = plan.why_not_prompts or reason
+            reason = compare(plan, KVCache(layer_shapes(plan), ROWS, STEPS), ALL, run)
     except OneGpuError as error:
         reason = error.message
     if reason is not None:
@@ -127,14 +139,14 @@ class Difference:
     slack: Tensor
 
 
-def compare(plan: FusedPlan, tokens: Tensor, logits: Tensor, calls: dict[nn.Module, ModuleCall]) -> str | None:
-    """What differs, or None."""
-    kv = KVCache(layer_shapes(plan), ROWS, STEPS)
+def compare(plan: FusedPlan, kv: KVCache, positions: tuple[int, ...], run: PlainRun) -> str | None:
+    """What differs at some positions of a step over a cache that holds the others before them, or None."""
+    tokens, logits, calls = run.tokens, run.logits, run.calls
     step = FusedStep(plan, kv)
     places = [torch.full((ROWS,), index, dtype=torch.int32, device=plan.device) for index in range(STEPS)]
     with torch.no_grad():
-        angles = [step.angles(place) for place in places]
-        halves = (compare_halves(step, index, places, angles, calls) for index in range(len(plan.layers)))
+        chosen = [(position, places[position], step.angles(places[position])) for position in positions]
+        halves = (compare_halves(step, index, chosen, calls) for index in range(len(plan.layers)))
         found = [part for both in halves for part in both]
         last = calls[plan.norm.module].given
         found.append(apart(step.logits(last[:, -1]), logits[:, -1], plan, "its head"))
@@ -146,9 +158,12 @@ def compare(plan: FusedPlan, tokens: Tensor, logits: Tensor, calls: dict[nn.Modu
     return first_beyond(found)
 
 
-def compare_prompts(plan: FusedPlan, calls: dict[nn.Module, ModuleCall]) -> str | None:
-    """What differs in the attention of a prompt, all tokens at once; what else it does, a step does row by row."""
-    prompt = FusedPrompt(plan, KVCache(layer_shapes(plan), 1, STEPS), STEPS)
+def compare_prompts(plan: FusedPlan, kv: KVCache, calls: dict[nn.Module, ModuleCall]) -> str | None:
+    """What differs in the attention of a prompt, all tokens at once; what else it does, a step does row by row.
+
+    Its keys and values are in the cache afterwards.
+    """
+    prompt = FusedPrompt(plan, kv, STEPS)
     with torch.no_grad():
         inputs = prompt.inputs((Segment(0, 0, STEPS),), (STEPS - 1,), plan.device)
         angles = prompt.angles(inputs)
@@ -167,26 +182,31 @@ def middle_of(layer: LayerPlan) -> nn.Module:
 
 
 def compare_halves(
-    step: FusedStep, index: int, places: list[Tensor], angles: list[Angles], calls: dict[nn.Module, ModuleCall]
+    step: FusedStep, index: int, chosen: list[tuple[int, Tensor, Angles]], calls: dict[nn.Module, ModuleCall]
 ) -> list[Difference]:
     """Both halves of a layer on what the plain layer's are given; an MLP run by its own forward is not compared.
 
-    Attention is compared for each token, since it sees one key more each time, an MLP for the first and the last.
+    `chosen`: positions in order, as numbers and as a step takes them, with their angles. The MLP, to which positions
+    are nothing, is compared at the first and the last.
     """
     plan, layer = step.plan, step.plan.layers[index]
     whole = calls[plan.names[layer.name]]
     middle = calls[middle_of(layer)].given.view_as(whole.given)
-    attended = [
-        step.attention(index, whole.given[:, position], place, angles[position])
-        for position, place in enumerate(places)
-    ]
-    found = [change_apart(plan, whole.given, middle, torch.stack(attended, dim=1), f"attention of {layer.name}")]
+    attended = [step.attention(index, whole.given[:, position], place, angles) for position, place, angles in chosen]
+    numbers = [position for position, _, _ in chosen]
+    before, plain = take(whole.given, numbers), take(middle, numbers)
+    found = [change_apart(plan, before, plain, torch.stack(attended, dim=1), f"attention of {layer.name}")]
     if layer.down is not None:
-        chosen = slice(0, STEPS, STEPS - 1)
-        last = [step.mlp(layer, middle[:, position]) for position in range(STEPS)[chosen]]
-        plain = whole.output[:, chosen]
-        found.append(change_apart(plan, middle[:, chosen], plain, torch.stack(last, dim=1), f"the MLP of {layer.name}"))
+        ends = [numbers[0], numbers[-1]]
+        last = [step.mlp(layer, middle[:, position]) for position in ends]
+        before, plain = take(middle, ends), take(whole.output, ends)
+        found.append(change_apart(plan, before, plain, torch.stack(last, dim=1), f"the MLP of {layer.name}"))
     return found
+
+
+def take(states: Tensor, positions: list[int]) -> Tensor:
+    """[ROWS, len(positions), hidden] of [ROWS, STEPS, hidden]."""
+    return torch.stack([states[:, position] for position in positions], dim=1)
 
 
 def change_apart(plan: FusedPlan, before: Tensor, plain: Tensor, fused: Tensor, what: str) -> Difference:
