@@ -28,8 +28,9 @@ PROOF_ROWS: Final = (729, 2)
 PROOF_TOKENS: Final = 243
 # Where the launchers of a decoder's operators are: they are imported when each is first called, at the latest.
 LAUNCHERS: Final = ("dequantize", "matmul_4bit_tiled", "rms", "split_launch", "prompt_rotation", "gemv_16bit")
-# Of a weight made for a product that is thrown away.
+# Of a weight made for a product that is thrown away, and what must be free so that nobody misses it.
 MOST_BYTES: Final = 2**28
+FREE_BYTES: Final = 2**31
 
 
 class FirstUse:
@@ -62,13 +63,15 @@ class FirstUse:
 def begin_for(model: Any) -> FirstUse:
     """Begin with what a decoder's plain forward needs, by its weights' sizes and its config. Changes nothing.
 
-    Nothing is begun for a model that does not generate, or that lies elsewhere than on one GPU.
+    Nothing is begun for a model that does not generate, or that lies elsewhere than on one GPU, or nearly fills it.
     """
     devices = {tensor.device for tensor in model.parameters()}
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     libraries = FirstUse(device)
     can_generate = getattr(model, "can_generate", None)
     if device.type != "cuda" or not callable(can_generate) or not can_generate():
+        return libraries
+    if torch.cuda.mem_get_info(device)[0] < FREE_BYTES:
         return libraries
     libraries.begin(compilers)
     with suppress(AttributeError, TypeError):
