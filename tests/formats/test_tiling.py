@@ -90,7 +90,7 @@ def test_first_halves_of_words_hold_the_first_32_columns() -> None:
 
 
 def test_a_quad_can_hand_over_columns_in_natural_order() -> None:
-    """Word t' of lane t, given to lane t' of the quad: pair t' of each eight columns, as steps of 16 in order want it."""
+    """Word t' of lane t, given to lane t': pair t' of each eight columns, as steps of 16 in order want it."""
     packed = random_bytes(16 * 32)
     rows = packed.view(16, 2, 4, 4)  # [row, a, t, pair]
     tile = tiling.tile_codes(packed, 16, 64).view(8, 4, 4, 2, 2)  # [g, t, word, a, r]

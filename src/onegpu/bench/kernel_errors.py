@@ -101,10 +101,9 @@ def weight_only_rows(x: Tensor) -> int:
     """Up to how many rows of x `linear_8bit` leaves x as it is."""
     if not x.is_cuda:
         return 0
-    from onegpu.kernels.gemv_16bit import few_rows
-    from onegpu.kernels.matmul_8bit import WEIGHT_ONLY_ROWS
+    from onegpu.kernels import matmul_8bit
 
-    return min(WEIGHT_ONLY_ROWS, few_rows(x.device, x.dtype))
+    return matmul_8bit.weight_only_rows(x.device, x.dtype)
 
 
 def rounded_rows(x: Tensor, threshold: float) -> Tensor:

@@ -74,5 +74,12 @@ def in_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def on_16_bytes(rows: Tensor) -> Tensor:
+    """Rows of elements side by side, each on a 16-byte boundary."""
+    if rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
 def _has_dot(device: torch.device) -> bool:
     return torch.version.hip is not None or capability(device) >= DOT_CAPABILITY

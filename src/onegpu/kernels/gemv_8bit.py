@@ -2,8 +2,10 @@
 
 Codes are exact in bfloat16 and float16, so every way multiplies them as they are and scales float32 sums.
 
-up to SPLIT_ROWS   `gemv_rows`, which reads W once for every 64 rows
-more               rows of W widened in scratch memory, then the vendor's library; also for float32 x
+few     `gemv_rows`, which reads W once for every 64 rows
+more    `gemm_8bit` on Hopper: W widened on its way into the tensor cores
+else    up to SPLIT_ROWS `gemv_rows`; above, rows of W widened in scratch memory, then the vendor's library; also for
+        float32 x
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from onegpu.formats.rowwise import INVERSE_127
 from onegpu.kernels import gemv_rows
-from onegpu.kernels.gemv_16bit import few_rows, in_rows
+from onegpu.kernels.gemm_codes import MIN_ROWS, gemm_8bit, why_not_8bit, why_not_gemm
+from onegpu.kernels.gemv_16bit import few_rows, in_rows, on_16_bytes
 from onegpu.kernels.tail import out_features
 from onegpu.kernels.tail_device import float32_product, tail_of
 
@@ -45,6 +48,12 @@ def linear_8bit_rows(
     row_stats = row_stats.contiguous()
     bias = None if bias is None else bias.detach().contiguous()
     residual = None if residual is None else in_rows(residual)
+    if takes_gemm(rows, codes):
+        gemm_8bit(
+            y, on_16_bytes(rows), codes, row_stats, bias,
+            residual=residual, activation=activation, gated=gated, overlap=overlap,
+        )  # fmt: skip
+        return y.view(shape)
     limit = few_rows(x.device, x.dtype)
     at_once = limit if 0 < M <= limit * (SPLIT_ROWS // gemv_rows.MAX_ROWS) else max(1, SCRATCH // N)
     for first in range(0, M, at_once):
@@ -59,6 +68,11 @@ def linear_8bit_rows(
             t = _product(rows[part], codes)
             tail_of(y[part], t, bias, added, activation, gated, row_stats, INVERSE_127)
     return y.view(shape)
+
+
+def takes_gemm(rows: Tensor, codes: Tensor) -> bool:
+    """Whether `gemm_8bit` runs, and is quicker than what else there is."""
+    return rows.shape[0] >= MIN_ROWS and why_not_gemm(rows.device, rows.dtype) is None and why_not_8bit(codes) is None
 
 
 def _product(rows: Tensor, codes: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from onegpu.formats.tiling import TILE_COLUMNS, TILE_ROWS
 from onegpu.kernels import tail
-from onegpu.kernels.gemm_4bit import MIN_ROWS, gemm_4bit, why_not_gemm
+from onegpu.kernels.gemm_codes import MIN_ROWS, gemm_4bit, why_not_gemm
 from onegpu.kernels.gemv_4bit import gemv_4bit, why_not_gemv
 from onegpu.kernels.gemv_4bit_config import MAX_ROWS
+from onegpu.kernels.gemv_16bit import on_16_bytes
 from onegpu.kernels.launch import NO_CONTRACTION, decode, nested_arguments, on_device_of
 from onegpu.kernels.prompt_ops import gated_activation
 
@@ -121,7 +122,7 @@ def linear_4bit_tiled(
         return y.view(*x.shape[:-1], width)
     way, at_once = (gemm_4bit, M) if way_of(M, x.device, x.dtype) is gemm_4bit else (gemv_4bit, MAX_ROWS)
     y = torch.empty(M, width, dtype=x.dtype, device=x.device)
-    rows = _aligned(rows)
+    rows = on_16_bytes(rows)
     added = None if added is None else added.contiguous()
     fused = not gated or N % (2 * TILE_ROWS) == 0
     for first in range(0, M, at_once):
@@ -158,13 +159,6 @@ def _followed(y: Tensor, residual: Tensor | None, activation: str | None, gated:
     if activation is not None:
         return tail.apply_tail(y.float(), residual, activation, gated, y.dtype)
     return y if residual is None else y.add_(residual)
-
-
-def _aligned(rows: Tensor) -> Tensor:
-    """Rows of 16-bit elements on 16-byte boundaries."""
-    if rows.stride(1) == 1 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0:
-        return rows
-    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def dequantize_and_multiply(

@@ -5,7 +5,7 @@
     list_columns_kernel                      flags to a list of columns and their number, in device memory
     int8_kernel                              int8 products into int32, then a loop over the listed columns
 
-Up to `WEIGHT_ONLY_ROWS` rows of 16-bit x, reading W is what takes time and x stays as it is (`gemv_8bit`): at least as
+Up to `weight_only_rows` rows of 16-bit x, reading W is what takes time and x stays as it is (`gemv_8bit`): at least as
 exact, outliers need no list, and a row's result does not depend on the others of its call. The threshold then has no
 effect. More rows, and float32 x, are quantized; CPUs always quantize.
 
@@ -21,20 +21,22 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.formats.rowwise import INVERSE_127
+from onegpu.kernels.gemm_codes import why_not_gemm
 from onegpu.kernels.gemv_8bit import linear_8bit_rows
 from onegpu.kernels.gemv_16bit import few_rows
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of
 from onegpu.kernels.quantize import quantize_8bit_rows
 
-__all__ = ["WEIGHT_ONLY_ROWS", "linear_8bit"]
+__all__ = ["linear_8bit", "weight_only_rows"]
 
 INVERSE_16129 = tl.constexpr(6.2000122852623463e-05)
 INVERSE_127_32 = tl.constexpr(INVERSE_127)
 LIST_TILE = 1024
 # Outlier columns per step; twice as many would spill registers.
 OUTLIER_TILE = 16
-# Beyond, int8 tensor cores make up for the kernels that quantize x.
+# Beyond, int8 tensor cores make up for the kernels that quantize x; later where `gemm_8bit` runs.
 WEIGHT_ONLY_ROWS = 32
+WEIGHT_ONLY_GEMM_ROWS = 128
 
 
 @triton.jit
@@ -134,13 +136,20 @@ def int8_kernel(
     )
 
 
+def weight_only_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Up to how many rows x stays as it is."""
+    if why_not_gemm(device, dtype) is None:
+        return WEIGHT_ONLY_GEMM_ROWS
+    return min(WEIGHT_ONLY_ROWS, few_rows(device, dtype))
+
+
 def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None, threshold: float = 0.0) -> Tensor:
     """Launcher of the operator `linear_8bit`; its arguments have been checked."""
     N, K = codes.shape
     rows = x.detach().reshape(-1, K)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     M = rows.shape[0]
-    if min(WEIGHT_ONLY_ROWS, few_rows(x.device, x.dtype)) >= M:
+    if weight_only_rows(x.device, x.dtype) >= M:
         return linear_8bit_rows(x, codes, row_stats, bias)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     x_codes, x_stats, outlier_cols = quantize_8bit_rows(rows, threshold)

@@ -160,7 +160,7 @@ def tensor_map(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     *,
-    swizzled: bool,
+    swizzle: int,
 ) -> Any:
     """How the tensor memory accelerator finds a box in a tensor: a CUtensorMap. What is outside is read as zeros.
 
@@ -170,14 +170,14 @@ def tensor_map(
         sizes: of the tensor, the dimension with elements side by side first.
         strides: bytes, of all dimensions but the first; multiples of 16.
         box: elements along each dimension.
-        swizzled: 16-byte pieces of 128-byte rows are exchanged, by the row's last three bits.
+        swizzle: 16-byte pieces are exchanged within so many bytes, 64 or 128, by the 128-byte row; 0 for not.
 
     Raises:
         DeviceError: the driver refuses.
     """
     from cuda.bindings import driver
 
-    swizzle = "CU_TENSOR_MAP_SWIZZLE_128B" if swizzled else "CU_TENSOR_MAP_SWIZZLE_NONE"
+    swizzled = f"CU_TENSOR_MAP_SWIZZLE_{swizzle}B" if swizzle else "CU_TENSOR_MAP_SWIZZLE_NONE"
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
     return checked(
         driver.cuTensorMapEncodeTiled(
@@ -189,7 +189,7 @@ def tensor_map(
             [narrow(size) for size in box],
             [narrow(1)] * len(sizes),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            getattr(driver.CUtensorMapSwizzle, swizzle),
+            getattr(driver.CUtensorMapSwizzle, swizzled),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -81,7 +81,7 @@ def prompt_products(plan: FusedPlan) -> list[Callable[[], object]]:
 def has_no_gemm(plan: FusedPlan) -> bool:
     """Whether products of many rows are Triton's and the vendor's."""
     try:
-        from onegpu.kernels.gemm_4bit import why_not_gemm
+        from onegpu.kernels.gemm_codes import why_not_gemm
     except ImportError:  # no Triton
         return True
     return why_not_gemm(plan.device, plan.dtype) is not None

@@ -1,11 +1,13 @@
-// y = tail(x @ W.T + bias) for a 4-bit W in tile order (formats/tiling.py), on Hopper's warpgroup products.
+// y = tail(x @ W.T + bias) for a W stored as codes, on Hopper's warpgroup products: 4-bit codes in tile order
+// (formats/tiling.py), or rows of int8.
 //
-// Compiled at run time with these macros, see gemm_4bit.py:
+// Compiled at run time with these macros, see gemm_codes.py:
+//   BITS       of a code: 4 or 8
 //   TOKENS     rows of x of one program: 32, 64, 96, ... 256
 //   STAGES     tiles of x and W on their way
 //   BLOCKS     programs of a processor at a time: 2 hide each other's waits where registers allow it, else 1
 //   GROUPS     scales of a row in 64 columns: 2 for blocks of 32, else 1
-//   SCALE_SUMS 1: scales multiply sums of 64 columns, 0: they multiply weights
+//   SCALE_SUMS 4 bits, 1: scales multiply sums of 64 columns, 0: they multiply weights
 //   GATED      the first half of W's rows gates the second
 //   ACTIVATION 0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu
 //   BFLOAT     1 for bfloat16, 0 for float16
@@ -18,6 +20,9 @@
 //
 //   SCALE_SUMS 1   two 16-bit values, which are operands as they are: the codebook times a constant, as gemv_4bit has it
 //   SCALE_SUMS 0   two whole numbers of 16 bits, the codebook to 2^-16; times the scale in float32, rounded to 16 bit
+//
+// Codes of 8 bits need no table: they are whole numbers that 16-bit floats hold exactly, and a row has one scale, which
+// multiplies the sums of all K.
 //
 // All copies are the tensor memory accelerator's; x and codes are swizzled by it (PTX ISA, 128-byte swizzle), so that
 // neither the tensor cores nor ldmatrix meet in a bank.
@@ -39,9 +44,9 @@ typedef unsigned long long u64;
 // Columns of y that a program writes.
 #define WIDTH (GATED ? ROWS : ROWS * CONSUMERS)
 #define X_BYTES (TOKENS * 128)
-#define CODE_BYTES (CONSUMERS * 4 * 512)
-#define SCALE_BYTES (CONSUMERS * 4 * 64 * GROUPS)
-#define TABLE_BYTES 32768
+#define CODE_BYTES (CONSUMERS * ROWS * 8 * BITS)
+#define SCALE_BYTES (BITS == 4 ? CONSUMERS * 4 * 64 * GROUPS : 0)
+#define TABLE_BYTES (BITS == 4 ? 32768 : 0)
 // Tokens that leave at a time, 64 results each, by one of three buffers by turns; swizzled as x is.
 #define PART (TOKENS % 64 == 0 && TOKENS >= 128 && !GATED ? 64 : 32)
 #define PITCH 128
@@ -49,8 +54,8 @@ typedef unsigned long long u64;
 #define BUFFERS 3
 #define STAGING_BYTES (CONSUMERS * BUFFERS * BUFFER_BYTES)
 #define HANDED_BYTES (GATED ? PART / 8 * WARPGROUP * 16 : 0)
-// 2^23 + 2^15: what a whole number is off by when its bits are those of a float32.
-#define OFFSET 8421376.f
+// 2^23 + 2^15, 2^23 + 2^7: what a whole number is off by when its bits are those of a float32.
+#define OFFSET (BITS == 4 ? 8421376.f : 8388736.f)
 
 struct Codebook {
     float value[16];
@@ -64,6 +69,7 @@ struct alignas(64) Map {
 
 struct Problem {
     const void *bias;       // [N] of kind `bias_kind`
+    const float *row_stats; // 8 bits: [N], 127 times what a row's codes are multiplied by
     const char *residual;   // [M, out], rows `residual_stride` bytes apart
     char *y;                // [M, out], rows `y_stride` bytes apart
     long long residual_stride, y_stride;
@@ -155,6 +161,7 @@ __device__ __forceinline__ void unpack(u32 both, float &low, float &high) {
 #endif
 }
 
+#if BITS == 4
 // The table's entry for a byte of codes, the even column's in the lower half.
 __device__ __forceinline__ u32 entry(const Codebook &codebook, int byte) {
     float even = codebook.value[byte >> 4], odd = codebook.value[byte & 15];
@@ -221,6 +228,49 @@ struct Operand {
         }
     }
 };
+#else
+struct Lane {
+    u32 codes, from[2], byte[2];
+    __device__ __forceinline__ Lane(u32, int warp, int lane) {
+        // ldmatrix gives lane t of quad g columns 4 t to 4 t + 3 of 16: of rows g and g + 8, of two sixteens at a time.
+        int row = warp * 16 + lane % 16, sixteen = lane / 16;
+        codes = row * 64 + ((sixteen ^ (row >> 1 & 3)) << 4);
+        // It wants pairs t and t + 4 of them: halves of what lanes t / 2 and 2 + t / 2 have.
+        from[0] = lane / 4 * 4 + lane % 4 / 2, from[1] = from[0] + 2;
+        byte[0] = 0x7540 + lane % 2 * 2, byte[1] = byte[0] + 1;
+        // Kept, not computed again in every tile.
+        asm volatile("" : "+r"(codes), "+r"(from[0]), "+r"(from[1]), "+r"(byte[0]), "+r"(byte[1]));
+    }
+};
+
+struct Operand {
+    u32 left[16];
+
+    __device__ __forceinline__ void decode(u32 codes, u32, const Lane &lane, float) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 word[4];
+            // The other two sixteens of the 64 columns: the swizzle's upper bit the other way.
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                         : "r"((codes + lane.codes) ^ (half << 5)));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                // Rows g and g + 8 of the first sixteen, then of the second.
+                int step = 2 * half + i / 2, r = i % 2;
+                u32 whole = word[i] ^ 0x80808080u;
+#pragma unroll
+                for (int u = 0; u < 2; ++u) {
+                    u32 both = __shfl_sync(0xffffffffu, whole, lane.from[u]);
+                    float even = __uint_as_float(__byte_perm(both, 0x4b000000u, lane.byte[0])) - OFFSET;
+                    float odd = __uint_as_float(__byte_perm(both, 0x4b000000u, lane.byte[1])) - OFFSET;
+                    left[4 * step + 2 * u + r] = pack(even, odd);
+                }
+            }
+        }
+    }
+};
+#endif
 
 // sums (keep ? += : =) left @ x.T over 16 columns.
 __device__ __forceinline__ void multiply(float (&sum)[TOKENS / 2], const u32 *left, u64 right, int keep) {
@@ -239,6 +289,11 @@ __device__ __forceinline__ float load_bias(const Problem &p, int n) {
     float value;
     asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(bits));
     return value;
+}
+
+// What a row's sums are multiplied by in the end.
+__device__ __forceinline__ float load_scale(const Problem &p, int n) {
+    return BITS == 4 ? 1.f : n < p.N ? p.row_stats[n] / 127.f : 0.f;
 }
 
 __device__ __forceinline__ float activate(float v) {
@@ -281,16 +336,21 @@ __device__ __forceinline__ void copy_tiles(const Problem &p, const Map *x, const
     int stage = 0, parity = 1, ahead = 0;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
-        int first = at.first_row / 16, second = (GATED ? at.first_row + p.N / 2 : at.first_row + ROWS) / 16;
+        int first = at.first_row, second = at.first_row + (GATED ? p.N / 2 : ROWS);
         auto copy_weights = [&](int stage, int column) {
             u32 done = shared.full + stage * 8;
             u32 code_stage = shared.codes + stage * CODE_BYTES, scale_stage = shared.scales + stage * SCALE_BYTES;
-            int block = GROUPS == 2 ? 2 * column : column >> p.scale_shift;
             expect(done, X_BYTES + CODE_BYTES + SCALE_BYTES);
-            copy_3d(code_stage, codes, 4 * column, first, done);
-            copy_3d(code_stage + CODE_BYTES / 2, codes, 4 * column, second, done);
-            copy_3d(scale_stage, scales, block, first, done);
-            copy_3d(scale_stage + SCALE_BYTES / 2, scales, block, second, done);
+#if BITS == 4
+            int block = GROUPS == 2 ? 2 * column : column >> p.scale_shift;
+            copy_3d(code_stage, codes, 4 * column, first / 16, done);
+            copy_3d(code_stage + CODE_BYTES / 2, codes, 4 * column, second / 16, done);
+            copy_3d(scale_stage, scales, block, first / 16, done);
+            copy_3d(scale_stage + SCALE_BYTES / 2, scales, block, second / 16, done);
+#else
+            copy_2d(code_stage, codes, 64 * column, first, done);
+            copy_2d(code_stage + CODE_BYTES / 2, codes, 64 * column, second, done);
+#endif
         };
         if (work == blockIdx.x) {
             // Weights were there before the kernel in front; x may be what it writes.
@@ -393,13 +453,14 @@ __device__ __forceinline__ void finish(const Problem &p, const Map *y, const Pla
     int out = GATED ? p.N / 2 : p.N, row = at.first_row + (GATED ? 0 : consumer * ROWS);
     int bias_row = at.first_row + consumer * (GATED ? p.N / 2 : ROWS) + thread / 32 * 16 + thread % 32 / 4;
     float bias[2] = {load_bias(p, bias_row), load_bias(p, bias_row + 8)};
+    float scale[2] = {load_scale(p, bias_row), load_scale(p, bias_row + 8)};
 #pragma unroll
     for (int part = 0; part < TOKENS / PART; ++part) {
         int token = at.first_token + part * PART;
         if (token >= p.M) break;
         float v[PART / 16][8];
 #pragma unroll
-        for (int i = 0; i < PART / 2; ++i) v[i / 8][i % 8] = sum[part * PART / 2 + i] + bias[i / 2 % 2];
+        for (int i = 0; i < PART / 2; ++i) v[i / 8][i % 8] = __fmaf_rn(sum[part * PART / 2 + i], scale[i / 2 % 2], bias[i / 2 % 2]);
 #if GATED
         // Gates and what they multiply lie in the same lanes of the two warpgroups.
         if (consumer == 1)
@@ -450,10 +511,9 @@ __device__ __forceinline__ void finish_parts(const Problem &p, const Place &at, 
         float v[1 + GATED][8];
 #pragma unroll
         for (int half = 0; half < 1 + GATED; ++half) {
-            float b[2] = {load_bias(p, bias_row + half * (p.N / 2)), load_bias(p, bias_row + half * (p.N / 2) + 8)};
             u32 here = shared_address(sums + 2 * pair * threads + (GATED ? half * WARPGROUP + lane : thread));
 #pragma unroll
-            for (int i = 0; i < 8; ++i) v[half][i] = b[i / 2 % 2];
+            for (int i = 0; i < 8; ++i) v[half][i] = 0.f;
             // Four parts on their way at a time.
             for (int first = 0; first < p.splits; first += 4) {
                 float4 f[4][2];
@@ -476,6 +536,13 @@ __device__ __forceinline__ void finish_parts(const Problem &p, const Place &at, 
                             v[half][4 * i + 2] += f[part][i].z, v[half][4 * i + 3] += f[part][i].w;
                         }
             }
+        }
+#pragma unroll
+        for (int half = 0; half < 1 + GATED; ++half) {
+            int n = bias_row + half * (p.N / 2);
+            float bias[2] = {load_bias(p, n), load_bias(p, n + 8)}, scale[2] = {load_scale(p, n), load_scale(p, n + 8)};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v[half][i] = __fmaf_rn(v[half][i], scale[i / 2 % 2], bias[i / 2 % 2]);
         }
         float result[1][8];
 #pragma unroll
@@ -531,7 +598,7 @@ struct Multiplier {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __grid_constant__ Map absmax,
+gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const __grid_constant__ Map absmax,
           const __grid_constant__ Map y, const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
     // Aligned as swizzled tiles want it, which holds as the system's own part before it is 1 KiB.
     extern __shared__ __align__(1024) char base[];
@@ -551,7 +618,8 @@ gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __
 
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
-        prefetch(&w), prefetch(&absmax), prefetch(&x);
+        prefetch(&w), prefetch(&x);
+        if (BITS == 4) prefetch(&absmax);
         if (p.vectors) prefetch(&y);
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(shared.full + i * 8, 1);
@@ -569,12 +637,14 @@ gemm_4bit(const __grid_constant__ Map x, const __grid_constant__ Map w, const __
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     int consumer = threadIdx.x / WARPGROUP - 1;
+#if BITS == 4
     // Eight threads write the 32 copies of an entry.
     for (int i = threadIdx.x - WARPGROUP; i < 256 * 8; i += CONSUMERS * WARPGROUP) {
         u32 both = entry(codebook, i / 8);
         *(uint4 *)(table + i * 16) = make_uint4(both, both, both, both);
     }
     sync_threads(1, CONSUMERS * WARPGROUP);
+#endif
     wait_for_kernel_in_front(p);
     Shared mine = shared;
     mine.codes += consumer * (CODE_BYTES / 2), mine.scales += consumer * (SCALE_BYTES / 2);

@@ -1,14 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""y = tail(x @ W.T + bias) for a tiled 4-bit W and many rows of x, on Hopper's warpgroup products.
+"""y = tail(x @ W.T + bias) for a W stored as 4-bit or 8-bit codes and many rows of x, on Hopper's warpgroup products.
 
-The kernel is `cuda/gemm_4bit.cu`, which says how it works: W is decoded in registers, never in memory, and equals what
-dequantizing gives, bit for bit. Scales are float32 here; nested ones are evaluated before it, into tile order.
+The kernel is `cuda/gemm_codes.cu`, which says how it works: W is decoded in registers, never in memory. Scales of 4-bit
+codes are float32 here; nested ones are evaluated before it, into tile order.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -21,12 +22,22 @@ from onegpu.formats.codebooks import FP4_CODE, NF4_CODE
 from onegpu.formats.tiling import TILE_ROWS
 from onegpu.kernels import nvrtc
 from onegpu.kernels.asm_4bit import TABLE_SCALE
-from onegpu.kernels.gemm_4bit_config import ROWS, Config, blocks, configure, leaving, scales_sums, shared_bytes, stages
+from onegpu.kernels.gemm_codes_config import (
+    ROWS,
+    Config,
+    Shape,
+    blocks,
+    configure,
+    leaving,
+    scales_sums,
+    shared_bytes,
+    stages,
+)
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
 
-__all__ = ["MIN_ROWS", "gemm_4bit", "source", "why_not_gemm"]
+__all__ = ["MIN_ROWS", "gemm_4bit", "gemm_8bit", "source", "why_not_8bit", "why_not_gemm"]
 
-# From so many rows of x on it is quicker than `gemv_4bit`.
+# From so many rows of x on it is quicker than `gemv_4bit` and `gemv_rows`.
 MIN_ROWS: Final = 17
 # Warpgroup products are in no other architecture, newer ones included.
 CAPABILITY: Final = (9, 0)
@@ -50,7 +61,7 @@ class Problem(ctypes.Structure):
     """One product: the struct of this name in the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("bias", "residual", "y")),
+        *((name, ctypes.c_void_p) for name in ("bias", "row_stats", "residual", "y")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride")),
         *(
             (name, ctypes.c_int)
@@ -72,29 +83,52 @@ def why_not_gemm(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason is not None:
         return reason
     try:
-        kernel(32, 64, dtype, gated=False, activation=None, device=device)
+        kernel(Kind(32, 4, 1, dtype, gated=False, activation=None), device)
     except DeviceError as error:
         return str(error)
     return None
 
 
-def source(tokens: int, blocksize: int, dtype: torch.dtype, *, gated: bool, activation: str | None) -> nvrtc.Source:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the kernel is compiled for.
+
+    Attributes:
+        tokens: rows of x of one program.
+        bits: of a code.
+        groups: scales of a row in 64 columns, 2 for blocks of 32.
+    """
+
+    tokens: int
+    bits: int
+    groups: int
+    dtype: torch.dtype
+    gated: bool
+    activation: str | None
+
+    @property
+    def shape(self) -> Shape:
+        """What decides how much shared memory it takes."""
+        return Shape(self.tokens, self.bits, self.groups, self.gated)
+
+
+def source(kind: Kind) -> nvrtc.Source:
     """The source for a kind of product."""
-    groups = 2 if blocksize == 32 else 1
-    is_bfloat = dtype == torch.bfloat16
+    is_bfloat = kind.dtype == torch.bfloat16
     macros: nvrtc.Macros = (
-        ("TOKENS", tokens),
-        ("STAGES", stages(tokens, groups, gated)),
-        ("BLOCKS", blocks(tokens)),
-        ("GROUPS", groups),
-        ("SCALE_SUMS", int(scales_sums(tokens, groups))),
-        ("GATED", int(gated)),
-        ("ACTIVATION", ACTIVATIONS[activation]),
+        ("BITS", kind.bits),
+        ("TOKENS", kind.tokens),
+        ("STAGES", stages(kind.shape)),
+        ("BLOCKS", blocks(kind.tokens)),
+        ("GROUPS", kind.groups),
+        ("SCALE_SUMS", int(scales_sums(kind.shape))),
+        ("GATED", int(kind.gated)),
+        ("ACTIVATION", ACTIVATIONS[kind.activation]),
         ("BFLOAT", int(is_bfloat)),
-        ("PRODUCT", product(tokens, "bf16" if is_bfloat else "f16")),
-        ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(tokens // 2))),
+        ("PRODUCT", product(kind.tokens, "bf16" if is_bfloat else "f16")),
+        ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(kind.tokens // 2))),
     )
-    return nvrtc.Source("gemm_4bit", macros)
+    return nvrtc.Source("gemm_codes", macros)
 
 
 def product(tokens: int, kind: str) -> str:
@@ -109,14 +143,10 @@ def product(tokens: int, kind: str) -> str:
 
 
 @functools.cache
-def kernel(
-    tokens: int, blocksize: int, dtype: torch.dtype, *, gated: bool, activation: str | None, device: torch.device
-) -> nvrtc.Function:
+def kernel(kind: Kind, device: torch.device) -> nvrtc.Function:
     """The compiled kernel on a device."""
-    groups = 2 if blocksize == 32 else 1
     index = torch.cuda.current_device() if device.index is None else device.index
-    made = source(tokens, blocksize, dtype, gated=gated, activation=activation)
-    return nvrtc.load(made, ARCHITECTURE, THREADS, shared_bytes(tokens, groups, gated), index)
+    return nvrtc.load(source(kind), ARCHITECTURE, THREADS, shared_bytes(kind.shape), index)
 
 
 @functools.cache
@@ -208,28 +238,89 @@ def gemm_4bit(
     Raises:
         DeviceError: the kernel does not compile or the driver refuses it.
     """
-    M, K = rows.shape
-    N = 2 * y.shape[1] if gated else y.shape[1]
-    device = rows.device
-    config = configure(M, N, K, processors(device)) if config is None else config
-    steps = K // 64
-    tiles_each = -(-steps // config.splits)
-    splits = -(-steps // tiles_each)
-    blocks_n, blocks_m = -(-N // ROWS), -(-M // config.tokens)
+    N, K = 2 * y.shape[1] if gated else y.shape[1], rows.shape[1]
+    groups = 2 if blocksize == 32 else 1
+    config = configure(rows.shape[0], N, K, processors(rows.device)) if config is None else config
+    kind = Kind(config.tokens, 4, groups, rows.dtype, gated, activation)
     if nested is not None:
         absmax = expand_scales(absmax, nested, N, K // blocksize)
-    width = y.element_size()
+    maps = map_tiles(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize)
+    values = codebook(quant_type, rows.dtype, scales_sums(kind.shape))
+    multiply(y, rows, maps, values, bias, residual, kind, config.splits, overlap=overlap, blocksize=blocksize)
+
+
+def gemm_8bit(
+    y: Tensor,
+    rows: Tensor,
+    codes: Tensor,
+    row_stats: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    overlap: bool = False,
+    config: Config | None = None,
+) -> None:
+    """Write the tail of rows @ (codes * row_stats / 127).T + bias into y.
+
+    Args:
+        y, rows, residual, activation, gated, overlap, config: as in `gemm_4bit`; gated needs N to be even.
+        codes: int8 [N, K], `why_not_8bit` of which is None.
+        row_stats: float32 [N], contiguous.
+
+    Raises:
+        DeviceError: as `gemm_4bit`.
+    """
+    N, K = codes.shape
+    config = configure(rows.shape[0], N, K, processors(rows.device)) if config is None else config
+    kind = Kind(config.tokens, 8, 1, rows.dtype, gated, activation)
+    maps = (map_codes(codes), map_nothing())
+    values = codebook("nf4", rows.dtype, of_sums=False)  # of no use here
+    multiply(y, rows, maps, values, bias, residual, kind, config.splits, overlap=overlap, row_stats=row_stats)
+
+
+def why_not_8bit(codes: Tensor) -> str | None:
+    """None where `gemm_8bit` takes the codes, else the reason in a sentence."""
+    if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
+        return "rows of codes do not lie on 16 bytes"
+    return None
+
+
+def multiply(
+    y: Tensor,
+    rows: Tensor,
+    maps: tuple[Any, Any],
+    values: Codebook,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: Kind,
+    splits: int,
+    *,
+    overlap: bool,
+    blocksize: int = 64,
+    row_stats: Tensor | None = None,
+) -> None:
+    """Launch the kernel of a kind, K cut into `splits` parts or fewer."""
+    M, K = rows.shape
+    N = 2 * y.shape[1] if kind.gated else y.shape[1]
+    device, width = rows.device, y.element_size()
+    steps = -(-K // 64)
+    tiles_each = -(-steps // splits)
+    splits = -(-steps // tiles_each)
+    works = -(-N // ROWS) * -(-M // kind.tokens) * splits
     strides = [tensor.stride(0) * width for tensor in (y, residual) if tensor is not None]
     starts = [tensor.data_ptr() for tensor in (y, residual) if tensor is not None]
     problem = Problem(
         bias=None if bias is None else bias.data_ptr(),
+        row_stats=None if row_stats is None else row_stats.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
         y=y.data_ptr(),
         residual_stride=0 if residual is None else residual.stride(0) * width,
         y_stride=y.stride(0) * width,
         M=M,
         N=N,
-        K=K,
+        K=64 * steps,
         scale_shift=max(0, (blocksize // 64).bit_length() - 1),
         splits=splits,
         tiles_each=tiles_each,
@@ -237,19 +328,13 @@ def gemm_4bit(
         vectors=int(all(value % 16 == 0 for value in (*strides, *starts))),
         overlap=int(overlap),
     )
-    function = kernel(config.tokens, blocksize, rows.dtype, gated=gated, activation=activation, device=device)
-    maps = (
-        map_rows(rows, config.tokens),
-        *map_weight(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize),
-        map_rows(y, leaving(config.tokens, gated)) if problem.vectors else map_nothing(),
-    )
-    values = codebook(quant_type, rows.dtype, scales_sums(config.tokens, 2 if blocksize == 32 else 1))
-    arguments = (*(address_of(each) for each in maps), ctypes.addressof(problem), ctypes.addressof(values))
-    works = blocks_n * blocks_m * splits
+    left = map_rows(y, leaving(kind.shape)) if problem.vectors else map_nothing()
+    every = (map_rows(rows, kind.tokens), *maps, left)
+    arguments = (*(address_of(each) for each in every), ctypes.addressof(problem), ctypes.addressof(values))
     # Parts of K wait for each other, so all of them have a program; else programs take works in turn.
-    grid = works if splits > 1 else min(works, blocks(config.tokens) * processors(device))
+    grid = works if splits > 1 else min(works, blocks(kind.tokens) * processors(device))
     with on_device_of(rows):
-        nvrtc.launch(function, grid, arguments, device, cluster=splits, overlap=overlap)
+        nvrtc.launch(kernel(kind, device), grid, arguments, device, cluster=splits, overlap=overlap)
 
 
 @functools.cache
@@ -267,17 +352,22 @@ def map_rows(rows: Tensor, tokens: int) -> Any:
     """Boxes of `tokens` rows by 64 columns of x or y."""
     M, K = rows.shape
     pitch = rows.stride(0) * rows.element_size() if M > 1 else K * rows.element_size()
-    return nvrtc.tensor_map(KINDS[rows.dtype], rows.data_ptr(), (K, M), (pitch,), (64, tokens), swizzled=True)
+    return nvrtc.tensor_map(KINDS[rows.dtype], rows.data_ptr(), (K, M), (pitch,), (64, tokens), swizzle=128)
 
 
-def map_weight(tiled: int, absmax: int, row_tiles: int, K: int, blocksize: int) -> tuple[Any, Any]:
+def map_codes(codes: Tensor) -> Any:
+    """Boxes of 64 rows by 64 columns of int8."""
+    N, K = codes.shape
+    pitch = codes.stride(0) if N > 1 else -(-K // 16) * 16
+    return nvrtc.tensor_map("UINT8", codes.data_ptr(), (K, N), (pitch,), (64, 64), swizzle=64)
+
+
+def map_tiles(tiled: int, absmax: int, row_tiles: int, K: int, blocksize: int) -> tuple[Any, Any]:
     """Boxes of four row tiles by one tile's codes, four lines of 128 bytes, and by its scales."""
     columns, blocks = K // 64, K // blocksize
     codes = nvrtc.tensor_map(
-        "UINT8", tiled, (128, 4 * columns, row_tiles), (128, 512 * columns), (128, 4, 4), swizzled=True
+        "UINT8", tiled, (128, 4 * columns, row_tiles), (128, 512 * columns), (128, 4, 4), swizzle=128
     )
     groups = 2 if blocksize == 32 else 1
-    scales = nvrtc.tensor_map(
-        "FLOAT32", absmax, (16, blocks, row_tiles), (64, 64 * blocks), (16, groups, 4), swizzled=False
-    )
+    scales = nvrtc.tensor_map("FLOAT32", absmax, (16, blocks, row_tiles), (64, 64 * blocks), (16, groups, 4), swizzle=0)
     return codes, scales

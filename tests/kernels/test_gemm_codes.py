@@ -1,4 +1,4 @@
-"""The many-row 4-bit product on Hopper: its programs, its configurations, and on a GPU its numbers."""
+"""The many-row product of coded weights on Hopper: its programs, its configurations, and on a GPU its numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from kernels.cases import Weight4bit, assert_no_worse, exact_product, normal, run_captured, weight_4bit
 from onegpu.config import BLOCKSIZES
 from onegpu.formats import tiling
-from onegpu.kernels.gemm_4bit_config import MAX_SHARED, TOKENS, Config, configure, shared_bytes, stages
+from onegpu.kernels.gemm_codes_config import MAX_SHARED, TOKENS, Config, Shape, configure, shared_bytes, stages
 from onegpu.kernels.tail import apply_tail
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -29,11 +29,12 @@ def tiled_args(weight: Weight4bit) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("bits", "groups"), [(4, 1), (4, 2), (8, 1)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_fits_shared_memory(tokens: int, groups: int, gated: bool) -> None:
-    assert stages(tokens, groups, gated) >= 3
-    assert shared_bytes(tokens, groups, gated) <= MAX_SHARED
+def test_fits_shared_memory(tokens: int, bits: int, groups: int, gated: bool) -> None:
+    shape = Shape(tokens, bits, groups, gated)
+    assert stages(shape) >= 3
+    assert shared_bytes(shape) <= MAX_SHARED // (2 if tokens <= 64 else 1)
 
 
 def test_configurations_fit_the_shape() -> None:
@@ -46,23 +47,32 @@ def test_configurations_fit_the_shape() -> None:
     assert configure(64, 4096, 4096, 132).splits > 1, "32 programs alone would leave most processors without work"
 
 
-# Table look-ups of one tile, twice in the loop and once before it; products of a step and the next.
-LOOKUPS = {"IDP": 48, "HGMMA": 8}
+# Table look-ups or shuffles of one tile, twice in the loop and once before it; products of a step and the next.
+DECODING = {4: ("IDP", 48), 8: ("SHFL", 48)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize(("gated", "blocksize", "dtype"), [(False, 64, HALVES[0]), (True, 32, HALVES[1])])
+@pytest.mark.parametrize(
+    ("bits", "groups", "gated", "dtype"),
+    [(4, 1, False, HALVES[0]), (4, 2, True, HALVES[1]), (8, 1, False, HALVES[0]), (8, 1, True, HALVES[0])],
+)
 def test_compiles_without_spills(
-    tokens: int, gated: bool, blocksize: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int,
+    bits: int,
+    groups: int,
+    gated: bool,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gemm, nvrtc = pytest.importorskip("onegpu.kernels.gemm_4bit"), pytest.importorskip("onegpu.kernels.nvrtc")
+    gemm, nvrtc = pytest.importorskip("onegpu.kernels.gemm_codes"), pytest.importorskip("onegpu.kernels.nvrtc")
     if nvrtc.why_not_nvrtc() is not None:
         pytest.skip(nvrtc.why_not_nvrtc())
     monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path))
-    made = gemm.source(tokens, blocksize, dtype, gated=gated, activation="silu" if gated else None)
+    made = gemm.source(gemm.Kind(tokens, bits, groups, dtype, gated, "silu" if gated else None))
     code = nvrtc.compile_source(made, gemm.ARCHITECTURE)
-    (kept,) = (tmp_path / "cuda").glob("gemm_4bit-*.cubin")
+    (kept,) = (tmp_path / "cuda").glob("gemm_codes-*.cubin")
     assert kept.read_bytes() == code
     assert nvrtc.compile_source(made, gemm.ARCHITECTURE) == code, "the second time from the cache folder"
     triton = Path(importlib.util.find_spec("triton").origin).parent
@@ -70,13 +80,13 @@ def test_compiles_without_spills(
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
     assert not {"LDL", "STL"} & set(names)
-    for name, count in LOOKUPS.items():
+    for name, count in (DECODING[bits], ("HGMMA", 8)):
         assert names.count(name) == count, name
 
 
 @pytest.fixture
 def gemm():
-    module = pytest.importorskip("onegpu.kernels.gemm_4bit")
+    module = pytest.importorskip("onegpu.kernels.gemm_codes")
     reason = module.why_not_gemm(torch.device("cuda"), torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
@@ -203,3 +213,27 @@ def test_strided_rows_and_a_pitch_of_its_own(gemm) -> None:
     y = run(gemm, weight, wide.cuda()[:, 8:136], residual=residual)
     exact = exact_product(x, weight.dense(torch.float32), None) + residual.double()
     assert_no_worse(y, linear(x, weight.dense(x.dtype)) + residual, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("N", "K"), [(1, 64), (34, 192), (200, 336), (272, 1024)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_of_int8(gemm, N: int, K: int, gated: bool, dtype: torch.dtype) -> None:
+    if gated and N % 2:
+        pytest.skip("two halves")
+    generator = torch.Generator().manual_seed(N)
+    codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
+    stats, bias = torch.rand(N, generator=generator) + 0.5, normal(N, dtype=dtype)
+    weight = codes.double() * stats.double()[:, None] / 127
+    activation = "silu" if gated else None
+    for M in (17, 33, 100, 257):
+        x = normal(M, K, dtype=dtype)
+        residual = normal(M, N // 2 if gated else N, seed=2, dtype=dtype)
+        exact = apply_tail(exact_product(x, weight, bias), residual, activation, gated, torch.float64)
+        plain = apply_tail(linear(x, weight.to(dtype), bias).float(), residual, activation, gated, dtype)
+        for config in (None, Config(64, 2), Config(160, 1)):
+            y = torch.full(exact.shape, float("nan"), dtype=dtype, device="cuda")
+            there = [t.cuda() for t in (x, codes, stats, bias)]
+            gemm.gemm_8bit(y, *there, residual=residual.cuda(), activation=activation, gated=gated, config=config)
+            assert_no_worse(y.cpu(), plain, exact)

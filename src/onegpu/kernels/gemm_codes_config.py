@@ -1,4 +1,4 @@
-"""How the many-row 4-bit kernel is cut to a shape: a count of clocks fitted to an H100, no tuning at run time."""
+"""How the many-row kernel of coded weights is cut to a shape: clocks fitted to an H100, no tuning at run time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-__all__ = ["MAX_SHARED", "TOKENS", "Config", "blocks", "configure", "leaving", "scales_sums", "shared_bytes", "stages"]
+__all__ = [
+    "MAX_SHARED",
+    "TOKENS",
+    "Config",
+    "Shape",
+    "blocks",
+    "configure",
+    "leaving",
+    "scales_sums",
+    "shared_bytes",
+    "stages",
+]
 
 # Of Hopper, for one program.
 MAX_SHARED: Final = 232448
@@ -47,9 +58,26 @@ class Config:
     splits: int = 1
 
 
-def stage_bytes(tokens: int, groups: int) -> int:
-    """Shared memory of one tile: x, codes and scales of 64 columns."""
-    return tokens * 128 + 4096 + 512 * groups
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What decides how much shared memory a program takes.
+
+    Attributes:
+        tokens: rows of x.
+        bits: of a code.
+        groups: scales of a row in 64 columns.
+        gated: half of W's rows gate the others.
+    """
+
+    tokens: int
+    bits: int = 4
+    groups: int = 1
+    gated: bool = False
+
+
+def stage_bytes(shape: Shape) -> int:
+    """Shared memory of one tile of 64 columns: x, codes and scales, and two barriers."""
+    return shape.tokens * 128 + ROWS * 8 * shape.bits + (512 * shape.groups if shape.bits == 4 else 0) + 16
 
 
 def blocks(tokens: int) -> int:
@@ -57,30 +85,31 @@ def blocks(tokens: int) -> int:
     return 2 if tokens <= 64 else 1
 
 
-def scales_sums(tokens: int, groups: int) -> bool:
+def scales_sums(shape: Shape) -> bool:
     """Whether scales multiply sums of a tile's columns: cheaper up to so many tokens, and more exact."""
-    return tokens <= 128 and groups == 1
+    return shape.bits == 4 and shape.tokens <= 128 and shape.groups == 1
 
 
-def stages(tokens: int, groups: int, gated: bool) -> int:
+def stages(shape: Shape) -> int:
     """Tiles on their way at a time."""
-    shared = (MAX_SHARED - 1024) // 2 if blocks(tokens) == 2 else MAX_SHARED
-    return min(MOST_STAGES, (shared - fixed_bytes(tokens, gated)) // (stage_bytes(tokens, groups) + 16))
+    shared = (MAX_SHARED - 1024) // 2 if blocks(shape.tokens) == 2 else MAX_SHARED
+    return min(MOST_STAGES, (shared - fixed_bytes(shape)) // stage_bytes(shape))
 
 
-def fixed_bytes(tokens: int, gated: bool) -> int:
+def fixed_bytes(shape: Shape) -> int:
     """Shared memory beside the stages: table, results on their way out."""
-    return TABLE + 2 * BUFFERS * leaving(tokens, gated) * PITCH + (HANDED if gated else 0)
+    table = TABLE if shape.bits == 4 else 0
+    return table + 2 * BUFFERS * leaving(shape) * PITCH + (HANDED if shape.gated else 0)
 
 
-def leaving(tokens: int, gated: bool) -> int:
+def leaving(shape: Shape) -> int:
     """Tokens that leave at a time."""
-    return 64 if tokens % 64 == 0 and tokens >= 128 and not gated else 32
+    return 64 if shape.tokens % 64 == 0 and shape.tokens >= 128 and not shape.gated else 32
 
 
-def shared_bytes(tokens: int, groups: int, gated: bool) -> int:
+def shared_bytes(shape: Shape) -> int:
     """Shared memory of a program."""
-    return fixed_bytes(tokens, gated) + stages(tokens, groups, gated) * (stage_bytes(tokens, groups) + 16)
+    return fixed_bytes(shape) + stages(shape) * stage_bytes(shape)
 
 
 @lru_cache(maxsize=4096)
