@@ -36,7 +36,7 @@ LIST_TILE = 1024
 OUTLIER_TILE = 16
 # Beyond, int8 tensor cores make up for the kernels that quantize x; later where `gemm_8bit` runs.
 WEIGHT_ONLY_ROWS = 32
-WEIGHT_ONLY_GEMM_ROWS = 128
+WEIGHT_ONLY_GEMM_ROWS = 256
 
 
 @triton.jit
