@@ -14,7 +14,8 @@ from onegpu.diagnosis import Finding, doctor
 from onegpu.diagnosis.measure import judged
 from onegpu.diagnosis.measure import measure as measure_gpu
 from onegpu.diagnosis.model import look_at_model
-from onegpu.diagnosis.operators import look_at_attention, look_at_operator, look_at_operators
+from onegpu.diagnosis.more_operators import many_rows_trials
+from onegpu.diagnosis.operators import look_at_attention, look_at_many_rows, look_at_operator, look_at_operators
 from onegpu.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -47,6 +48,20 @@ def test_every_operator_runs_on_a_cpu() -> None:
 def test_every_operator_runs_on_a_gpu() -> None:
     said = list(look_at_operators(torch.device("cuda", torch.cuda.current_device())))
     assert [found for found in said if found.is_problem] == []
+
+
+def test_many_rows_are_right_whatever_runs_them() -> None:
+    for got, expected in (trial() for trial in many_rows_trials(CPU, torch.float32).values()):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_many_rows_say_what_runs_them() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    for found in look_at_many_rows(device):
+        assert found.text == "runs: CUDA C++ for this card" or found.text.startswith(
+            "runs: Triton and the vendor's library; a quicker kernel "
+        )
 
 
 def test_an_operator_that_raises_is_a_problem() -> None:

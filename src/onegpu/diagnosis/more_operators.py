@@ -25,11 +25,12 @@ from onegpu.kernels.experts_ops import experts_4bit, experts_8bit
 from onegpu.kernels.prefill_ops import causal_attention
 from onegpu.kernels.tiled_ops import linear_4bit_tiled
 
-__all__ = ["decode_trials", "encoder_trials"]
+__all__ = ["decode_trials", "encoder_trials", "many_rows_trials"]
 
 Trial = Callable[[], tuple[Tensor, Tensor]]
 B, HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 2, 4, 2, 64, 16
 INPUTS, OUTPUTS = 128, 64
+MANY_ROWS = 40
 
 
 def decode_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
@@ -94,6 +95,25 @@ def decode_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
         "append_kv": appended,
         "decode_attention": lambda: (decode_attention(q, k_cache, v_cache, last, scale), attended(k_cache, v_cache)),
         "rotary_decode_attention": all_at_once,
+    }
+
+
+def many_rows_trials(device: torch.device, dtype: torch.dtype) -> dict[str, Trial]:
+    """Products of many rows with 4-bit and 8-bit weights: a call on `device` and what it must give."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(MANY_ROWS, INPUTS, generator=generator).to(device, dtype)
+    weight = torch.randn(OUTPUTS, INPUTS, generator=generator)
+    packed, absmax = reference.quantize_4bit(weight, "nf4", 64)
+    plain = reference.dequantize_4bit(packed, absmax, [OUTPUTS, INPUTS], dtype, "nf4", 64).to(device)
+    tiled = tile_codes(packed, OUTPUTS, INPUTS).to(device), tile_scales(absmax, OUTPUTS, INPUTS, 64).to(device)
+    codes, row_stats, _ = (tensor.to(device) for tensor in reference.quantize_8bit_rows(weight))
+    dense = (codes.float() * row_stats[:, None] / 127).to(dtype)
+    return {
+        "linear_4bit_tiled, many rows": lambda: (
+            linear_4bit_tiled(x, *tiled, None, OUTPUTS, "nf4", 64),
+            x @ plain.T,
+        ),
+        "linear_8bit_rows, many rows": lambda: (linear_8bit_rows(x, codes, row_stats), x @ dense.T),
     }
 
 

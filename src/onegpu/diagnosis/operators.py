@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onegpu.attention.varlen import BACKENDS, VarlenSpec
 from onegpu.diagnosis.finding import Finding
-from onegpu.diagnosis.more_operators import decode_trials, encoder_trials
+from onegpu.diagnosis.more_operators import decode_trials, encoder_trials, many_rows_trials
 from onegpu.kernels import (
     dequantize_4bit,
     kernel_for,
@@ -20,6 +20,7 @@ from onegpu.kernels import (
     reference,
 )
 from onegpu.kernels.encoder_ops import add_layer_norm, linear_gelu
+from onegpu.kernels.ops import why_not_triton
 
 __all__ = ["look_at_attention", "look_at_operators"]
 
@@ -74,6 +75,20 @@ def look_at_operators(device: torch.device) -> Iterator[Finding]:
     """Run every operator once on `device`; on a GPU the first time compiles its kernels, some seconds."""
     for name, trial in trials(device).items():
         yield look_at_operator(name, trial, kernel_for(name, device))
+    if device.type == "cuda" and why_not_triton(device) is None:
+        yield from look_at_many_rows(device)
+
+
+def look_at_many_rows(device: torch.device) -> Iterator[Finding]:
+    """Products of many rows and coded weights: the kernel of their own, or what runs instead and why."""
+    from onegpu.kernels.gemm_codes import why_not_gemm
+
+    reason = why_not_gemm(device, torch.float16)
+    for name, trial in many_rows_trials(device, torch.float16).items():
+        if reason is None:
+            yield look_at_operator(name, trial, "CUDA C++ for this card")
+        else:
+            yield Finding(name, "note", f"runs: Triton and the vendor's library; a quicker kernel {reason}")
 
 
 def look_at_operator(name: str, trial: Callable[[], tuple[Tensor, Tensor]], kernel: str) -> Finding:
