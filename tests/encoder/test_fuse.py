@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+import onegpu
 from encoder.test_architectures import assert_equal, run
 from encoder.zoo import CASES, padded_mask
 from onegpu.encoder import EncoderOptions
@@ -170,3 +171,13 @@ def test_a_wrong_part_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GELU" not in report.stacks[0].fused
     assert report.stacks[0].not_fused[0] == "GELU: the fused result differs from the plain one"
     assert "forward" not in model.encoder.layer[0].intermediate.__dict__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantized_layers_are_proved_in_the_dtype_they_compute_in(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Their own parameters may all be codes."""
+    case_of("bert").build().save_pretrained(tmp_path)
+    model = onegpu.AutoModel.from_pretrained(tmp_path, load_in_4bit=True, dtype=dtype, strict=False).eval()
+    report = optimized(model)
+    assert report.stacks[0].fused["residual + LayerNorm"] == 6
+    assert not report.stacks[0].not_fused

@@ -92,6 +92,7 @@ class Shape:
 
 def check(device: torch.device, dtype: torch.dtype, shape: Shape, *, units: int | None = None) -> None:
     from onegpu.kernels import split_launch
+    from onegpu.kernels.tickets import tickets_of
 
     B, DV = len(shape.positions), shape.DV or shape.D
     more = {"window": None, "softcap": None, "sinks": None} | shape.more
@@ -115,7 +116,7 @@ def check(device: torch.device, dtype: torch.dtype, shape: Shape, *, units: int 
     factor = 8.0 if dtype == torch.float32 and (device.type == "cuda" or more["softcap"]) else 1.5
     assert_no_worse(got.cpu(), plain, exact, factor)
     assert_no_worse(decode_attention(q, cache.k, cache.v, positions, scale, **more, **cache.scales), plain, exact)
-    assert not split_launch.tickets_of(args[0].device).counters.any()
+    assert not tickets_of(args[0].device).counters.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,13 +104,28 @@ def make_trial(model: nn.Module, vocab_size: int, device: torch.device) -> tuple
     width = max(lengths) + STEPS
     tokens = torch.randint(0, vocab_size, (len(lengths), width), generator=generator).to(device)
     cache: Any = DynamicCache(config=model.config)
+    looked_at = sorted(
+        {*range(NOTED), *(place for n in lengths for place in range(n - 1, n + STEPS))} & set(range(width))
+    )
+    few = {"logits_to_keep": torch.tensor(looked_at, device=device)} if keeps_logits(model) else {}
     with by_definition(model), noted(model, (len(lengths), width), NOTED) as calls:
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True)
-    logits = torch.stack([row[n - 1 : n + STEPS] for row, n in zip(output.logits, lengths, strict=True)]).float()
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True, **few)
+    place_of = {place: index for index, place in enumerate(looked_at if few else range(width))}
+    rows = [
+        row[[place_of[place] for place in range(n - 1, n + STEPS)]]
+        for row, n in zip(output.logits, lengths, strict=True)
+    ]
+    logits = torch.stack(rows).float()
     prompts = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
     fed = torch.stack([row[n : n + STEPS] for row, n in zip(tokens, lengths, strict=True)])
+    # The first of all positions are looked at, so they come first in either case.
     seen = PlainRun(tokens[:1, :NOTED], output.logits[:1, :NOTED].clone(), calls)
     return Trial(prompts, fed, logits, dtype_of(model), is_loose(model), len(cache.layers), seen), cache
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether the model gives the logits of chosen positions alone; of all they take memory."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

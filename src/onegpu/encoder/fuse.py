@@ -203,8 +203,8 @@ def prove_part(part: MethodCall | QkvGroup, stack: Stack) -> bool:
     """Whether an installed part gives, on random input, what its module gives without it."""
     linears = part.parts if isinstance(part, QkvGroup) else [m for m in [part.module.dense] if isinstance(m, nn.Module)]
     first: Any = linears[0]
-    parameter = part.parts[0].weight if isinstance(part, QkvGroup) else next(part.module.parameters())
-    dtype = parameter.dtype if parameter.dtype in FUSED_DTYPES else torch.float16
+    parameter = floating_parameter(part.parts[0] if isinstance(part, QkvGroup) else part.module, stack)
+    dtype = parameter.dtype
     generator = torch.Generator().manual_seed(0)
 
     def draw(size: int) -> Tensor:
@@ -226,6 +226,12 @@ def prove_part(part: MethodCall | QkvGroup, stack: Stack) -> bool:
         bool(((a - b).abs().max() <= PROOF_TOLERANCE[dtype] * b.abs().max().clamp_min(1e-6)).item())
         for a, b in zip(got, want, strict=True)
     )
+
+
+def floating_parameter(module: nn.Module, stack: Stack) -> Tensor:
+    """A parameter of the dtype that the module computes in; a quantized layer's own may all be codes."""
+    near = (parameter for part in (module, *stack.layers) for parameter in part.parameters())
+    return next(parameter for parameter in near if parameter.dtype in FUSED_DTYPES)
 
 
 class ProofRun:

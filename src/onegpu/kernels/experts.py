@@ -110,7 +110,10 @@ def in_eights(x):
     even, odd = tl.split(tl.reshape(x, (1, COUNT, 2, 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
-    (x0, x4), (x1, x5), (x2, x6), (x3, x7) = tl.split(x0), tl.split(x1), tl.split(x2), tl.split(x3)
+    x0, x4 = tl.split(x0)
+    x1, x5 = tl.split(x1)
+    x2, x6 = tl.split(x2)
+    x3, x7 = tl.split(x3)
     return x0, x1, x2, x3, x4, x5, x6, x7
 
 

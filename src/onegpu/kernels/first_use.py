@@ -25,6 +25,9 @@ __all__ = ["FirstUse", "begin_for"]
 
 # How many rows plain models are run on by the proofs of decoders: libraries choose kernels by that.
 PROOF_ROWS: Final = (729, 2)
+# Of the head, whose results are large.
+HEAD_ROWS: Final = (54, 2)
+HEAD_SIZE: Final = 2**15
 PROOF_TOKENS: Final = 243
 # Where the launchers of a decoder's operators are: they are imported when each is first called, at the latest.
 LAUNCHERS: Final = ("dequantize", "matmul_4bit_tiled", "rms", "split_launch", "prompt_rotation", "gemv_16bit")
@@ -111,7 +114,7 @@ def products(weights: Weights, rows: Sequence[int], dtype: torch.dtype, device: 
         if weight is None and N * K * dtype.itemsize > MOST_BYTES:
             continue
         made = torch.empty(N, K, dtype=dtype, device=device) if weight is None else weight
-        for count in rows:
+        for count in rows if N < HEAD_SIZE else HEAD_ROWS:
             F.linear(torch.empty(count, K, dtype=dtype, device=device), made)
         del made
 

@@ -18,6 +18,9 @@ from onegpu.memory.weights import FORMATS, Weight, bytes_in, read_weights, store
 
 __all__ = ["fit"]
 
+# Whose products of many rows take 4-bit weights as they are stored.
+HOPPER = "9.0"
+
 # Of the formats that fit, the first is recommended: the less is rounded, the better.
 PREFERENCE = ("16bit", "int8", "nf4", "nf4+double")
 LONGEST_SEARCHED = 1 << 24
@@ -157,7 +160,15 @@ class Planner:
     def needs(self, format: str, context: int) -> tuple[int, int, int]:
         """Weights, cache and workspace; the workspace is no less than what loading needs."""
         cache = cache_bytes(self.geometry, context, self.batch, self.kv_dtype)
-        work = workspace_bytes(self.geometry, self.weights, format, context, self.batch, self.kv_dtype)
+        work = workspace_bytes(
+            self.geometry,
+            self.weights,
+            format,
+            context,
+            self.batch,
+            self.kv_dtype,
+            decodes_in_place=self.gpu is not None and self.gpu.capability == HOPPER,
+        )
         return self.weight_bytes(format), cache, max(work, loading_bytes(self.weights, format) - cache)
 
     def row(self, format: str, context: int) -> FormatFit:

@@ -18,8 +18,8 @@ The workspace is the largest of what is alive at once, in 16 bit, for the tokens
                   and 2 hidden
     logits        batch x vocabulary, in 16 bit and twice in float32: of the last token only
     angles        capacity x 2 head_dim: the rotary table of a step over slots
-    scratch       a dequantized slice of 2**25 weights in 4 bit; of a layer whose experts cannot be multiplied as they
-                  are stored, all of them in 16 bit
+    scratch       a dequantized slice of 2**25 weights in 4 bit, but none on Hopper; of a layer whose experts cannot be
+                  multiplied as they are stored, all of them in 16 bit
     libraries     32 MiB that the vendor's matrix products keep
     growth        without slots at least one layer's keys and values again, since a growing cache is copied layer by
                   layer
@@ -65,9 +65,19 @@ def kv_bytes(geometry: Geometry, context: int, batch: int, kv_dtype: str = "16bi
 
 
 def workspace_bytes(
-    geometry: Geometry, weights: Sequence[Weight], format: str, context: int, batch: int, kv_dtype: str = "16bit"
+    geometry: Geometry,
+    weights: Sequence[Weight],
+    format: str,
+    context: int,
+    batch: int,
+    kv_dtype: str = "16bit",
+    *,
+    decodes_in_place: bool = False,
 ) -> int:
-    """The largest of what a forward over the whole prompt holds at once; the formula is at the top of this page."""
+    """The largest of what a forward over the whole prompt holds at once; the formula is at the top of this page.
+
+    `decodes_in_place`: products of many rows take 4-bit weights as they are (Hopper), without a slice in 16 bit.
+    """
     rows = batch * max(context, geometry.source_tokens or 0)
     if geometry.kind == "decoder":
         rows = min(rows, max(PIECE_TOKENS, -(-context // MOST_PIECES)))
@@ -86,7 +96,8 @@ def workspace_bytes(
         growth, angles = 0, 2 * capacity(context) * 2 * geometry.head_dim
     else:
         growth, angles = kv_bytes(geometry, context, batch, kv_dtype) // max(len(geometry.windows), 1), 0
-    return max(prompt, growth) + logits + angles + scratch_bytes(weights, format) + LIBRARY_BYTES
+    scratch = scratch_bytes(weights, format, decodes_in_place=decodes_in_place)
+    return max(prompt, growth) + logits + angles + scratch + LIBRARY_BYTES
 
 
 def long_prompt_values(geometry: Geometry, context: int, feed_forward: int) -> int:
@@ -99,9 +110,9 @@ def long_prompt_values(geometry: Geometry, context: int, feed_forward: int) -> i
     return rows + context * 4 * geometry.head_dim
 
 
-def scratch_bytes(weights: Sequence[Weight], format: str) -> int:
+def scratch_bytes(weights: Sequence[Weight], format: str, *, decodes_in_place: bool = False) -> int:
     """Weights in 16 bit again, for the length of one call: a slice, or a whole layer's experts of unknown structure."""
-    if format in ("16bit", "int8") or not any(weight.role == "matrix" for weight in weights):
+    if format in ("16bit", "int8") or decodes_in_place or not any(weight.role == "matrix" for weight in weights):
         slices = 0
     else:
         slices = min(SCRATCH_WEIGHTS, max(weight.numel for weight in weights if weight.role == "matrix"))
