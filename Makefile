@@ -2,7 +2,7 @@
 #
 #   make demo          a question answered by a 4-bit model on this machine
 #   make test          the whole test suite; what needs a GPU steps aside where there is none
-#   make test-oldest   the same suite with the oldest Transformers that is supported
+#   make test-oldest   the same suite with the oldest Transformers that is supported; kernels compiled by the oldest Triton
 #   make test-gpu      only what needs a GPU
 #   make check         lint, format, types, layers
 #   make docs          the documentation site, warnings as errors, in site/
@@ -15,6 +15,9 @@
 PY ?= python3
 TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.17.0
+# That of torch 2.11. Its interpreter does not know today's NumPy, so it only compiles.
+OLDEST_TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.6.0)
+PROGRAMS := "ahead_of_time.py 90" "decode_attention_programs.py 90" "gemv_rows_programs.py 90" "gemv_4bit_programs.py compile 90"
 ARGS ?=
 
 # The CPU build of torch leaves Triton out, and the kernels' source is read by tests without a GPU too.
@@ -47,6 +50,10 @@ test-oldest: $(OLD)
 	@if [ -n "$(NO_VENV)" ]; then echo "error: test-oldest lays $(OLDEST) over .venv: run it without NO_VENV" >&2; exit 2; fi
 	@.venv-oldest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	.venv-oldest/bin/python -m pytest $(ARGS)
+	@[ ! -d .venv-oldest/triton ] || for program in $(PROGRAMS); do \
+		echo "$(OLDEST_TRITON): $$program"; \
+		PYTHONPATH=.venv-oldest/triton:src:tests .venv/bin/python tests/kernels/$$program >.venv-oldest/compiled.jsonl || exit 1; \
+		! grep '"error"' .venv-oldest/compiled.jsonl || exit 1; done
 
 test-gpu: $(DEV)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: no CUDA device for torch %s; `make test` runs what needs none" % torch.__version__)'
@@ -92,6 +99,7 @@ docs: $(DOCS)
 	own=$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	echo "import site; site.addsitedir('$$below')" > "$$own/below.pth"
 	@.venv-oldest/bin/python -m pip --disable-pip-version-check --quiet install "$(OLDEST)"
+	@[ -z "$(OLDEST_TRITON)" ] || $(PIP) install --no-deps --target .venv-oldest/triton "$(OLDEST_TRITON)"
 	@touch $@
 
 clean:
