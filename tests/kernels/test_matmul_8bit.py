@@ -1,6 +1,6 @@
 """LLM.int8() on the device against its definition: exact integers, so only the last float32 steps may differ.
 
-Up to 32 rows of 16-bit x the definition is that of `linear_8bit_rows`: x is not quantized.
+Up to 32 rows of 16-bit x, or 256, the definition is that of `linear_8bit_rows`: x is not quantized.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def assert_close(
 
     Tensor cores cut low bits off as they add, so a sum of hundreds of columns may be off by a few 1e-6 of its size.
     """
-    if x.dtype != torch.float32 and x.numel() <= 32 * x.shape[-1]:
+    from onegpu.kernels.matmul_8bit import weight_only_rows
+
+    there, codes_there = (x.cuda(), codes.cuda()) if torch.cuda.is_available() else (x, codes)
+    if x.dtype != torch.float32 and x.numel() <= weight_only_rows(there, codes_there) * x.shape[-1]:
         expected = reference_linear_8bit_rows(x, codes, row_stats, bias)
     else:
         expected = reference.linear_8bit(x, codes, row_stats, bias, threshold)

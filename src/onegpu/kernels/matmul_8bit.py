@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.formats.rowwise import INVERSE_127
-from onegpu.kernels.gemm_codes import why_not_gemm
+from onegpu.kernels.gemm_codes import why_not_8bit, why_not_gemm
 from onegpu.kernels.gemv_8bit import linear_8bit_rows
 from onegpu.kernels.gemv_16bit import few_rows
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of
@@ -136,11 +136,11 @@ def int8_kernel(
     )
 
 
-def weight_only_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """Up to how many rows x stays as it is."""
-    if why_not_gemm(device, dtype) is None:
+def weight_only_rows(x: Tensor, codes: Tensor) -> int:
+    """Up to how many rows x stays as it is in a product with these codes."""
+    if why_not_gemm(x.device, x.dtype) is None and why_not_8bit(codes) is None:
         return WEIGHT_ONLY_GEMM_ROWS
-    return min(WEIGHT_ONLY_ROWS, few_rows(device, dtype))
+    return min(WEIGHT_ONLY_ROWS, few_rows(x.device, x.dtype))
 
 
 def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None, threshold: float = 0.0) -> Tensor:
@@ -149,7 +149,7 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
     rows = x.detach().reshape(-1, K)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     M = rows.shape[0]
-    if weight_only_rows(x.device, x.dtype) >= M:
+    if weight_only_rows(x, codes) >= M:
         return linear_8bit_rows(x, codes, row_stats, bias)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     x_codes, x_stats, outlier_cols = quantize_8bit_rows(rows, threshold)
