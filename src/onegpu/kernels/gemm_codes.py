@@ -232,7 +232,7 @@ def gemm_4bit(
             for each row tile.
         residual: as y.
         activation, gated: of `onegpu.kernels.tail`; gated needs N to be a multiple of 32.
-        overlap: begin before the kernel in front has ended; nothing is read before it has.
+        overlap: begin before the kernel in front has ended; of its results nothing is read before it has.
         config: instead of `configure`'s choice.
 
     Raises:
@@ -244,6 +244,8 @@ def gemm_4bit(
     kind = Kind(config.tokens, 4, groups, rows.dtype, gated, activation)
     if nested is not None:
         absmax = expand_scales(absmax, nested, N, K // blocksize)
+        # Weights are read before the kernel in front has ended, and that one writes the scales.
+        overlap = False
     maps = map_tiles(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize)
     values = codebook(quant_type, rows.dtype, scales_sums(kind.shape))
     multiply(y, rows, maps, values, bias, residual, kind, config.splits, overlap=overlap, blocksize=blocksize)
