@@ -195,7 +195,7 @@ def test_on_a_device(dtype: torch.dtype, D: int, lengths: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_long_prompts_by_cudnn(dtype: torch.dtype) -> None:
     """Queries, keys and values that lie in one buffer, as a prompt's do; and torch's switch for it."""
-    long = 16500
+    long = 20500
     bounds = PrefillBounds.of((long,), (long,), "cuda")
     qkv = torch.randn(long, 8, 128, dtype=dtype, device="cuda")
     q, k, v = qkv.split([4, 2, 2], 1)
