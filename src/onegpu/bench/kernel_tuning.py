@@ -24,9 +24,9 @@ from onegpu.bench.kernel_time import CALLS, Ceilings, call_times, copies_of
 from onegpu.bench.kernels import MODELS, ROTATION
 from onegpu.formats import blockwise, tiling
 from onegpu.kernels import quantize_4bit
-from onegpu.kernels.gemv_4bit import constants, gemv_4bit, gemv_4bit_kernel, processors
+from onegpu.kernels.gemv_4bit import constants, gemv_4bit, gemv_4bit_kernel
 from onegpu.kernels.gemv_4bit_config import Config, configure
-from onegpu.kernels.launch import NO_CONTRACTION
+from onegpu.kernels.launch import NO_CONTRACTION, processors
 
 __all__ = ["CANDIDATES", "tune_alone", "tune_chain"]
 

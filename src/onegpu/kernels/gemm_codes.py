@@ -33,7 +33,7 @@ from onegpu.kernels.gemm_codes_config import (
     shared_bytes,
     stages,
 )
-from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of
+from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of, processors
 
 __all__ = ["MIN_ROWS", "gemm_4bit", "gemm_8bit", "source", "why_not_8bit", "why_not_gemm"]
 
@@ -160,11 +160,6 @@ def codebook(quant_type: str, dtype: torch.dtype, of_sums: bool) -> Codebook:
         factor = WHOLE_SCALE[quant_type]
         values = tuple(float(round(value * factor)) for value in values)
     return Codebook((ctypes.c_float * 16)(*values), 1.0 / factor)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @triton.jit

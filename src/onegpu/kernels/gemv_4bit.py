@@ -36,7 +36,7 @@ from torch import Tensor
 
 from onegpu.kernels import asm_4bit as asm
 from onegpu.kernels.gemv_4bit_config import Config, configure
-from onegpu.kernels.launch import NO_CONTRACTION, capability, nested_arguments, on_device_of
+from onegpu.kernels.launch import NO_CONTRACTION, capability, nested_arguments, on_device_of, processors
 from onegpu.kernels.tail_device import activate
 
 __all__ = ["constants", "gemv_4bit", "gemv_4bit_kernel", "processors", "why_not_gemv"]
@@ -535,11 +535,6 @@ def gemv_4bit_kernel(
         offsets = next_offsets
         step = next_step
         group = next_group
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

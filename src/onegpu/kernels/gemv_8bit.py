@@ -24,7 +24,6 @@ __all__ = ["linear_8bit_rows"]
 
 # Reading int8 weights four times is quicker than once and writing and reading them in 16 bit.
 SPLIT_ROWS = 256
-MIN_ROWS_DEEP = 9
 # Widened weights, and elements of a float32 product, at a time.
 SCRATCH = 2**26
 

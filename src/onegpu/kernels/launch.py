@@ -27,6 +27,7 @@ __all__ = [
     "load_scale",
     "nested_arguments",
     "on_device_of",
+    "processors",
     "reciprocal",
     "round_half_even",
     "select_of_16",
@@ -39,6 +40,8 @@ NO_CONTRACTION: Final = {"enable_fp_fusion": False}
 SHARED_BYTES: Final = 65536
 # The interpreter has no device to ask; it does all that the newest one does.
 INTERPRETER_CAPABILITY = (9, 0)
+# It has no processors either; a few make sequences come in parts.
+INTERPRETER_PROCESSORS = 4
 
 NF4: Final = tl.constexpr(NF4_CODE)
 FP4: Final = tl.constexpr(FP4_CODE)
@@ -135,6 +138,14 @@ def to_float16_range(x):
     if x.dtype != tl.float16:
         wide = wide.to(tl.float16).to(tl.float32)
     return wide
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many processors a device has, which work side by side."""
+    if device.type != "cuda":
+        return INTERPRETER_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -30,8 +30,6 @@ __all__ = ["linear_4bit_tiled"]
 
 # Reading 4-bit weights three times is quicker than once and writing them in 16 bit, where `gemm_4bit` does not run.
 SPLIT_ROWS = 96
-# From so many rows on, writing the weights in 16 bit costs less than decoding them for every 256 rows.
-MAX_GEMM_ROWS = 1 << 30
 # Dequantized weights at a time: 64 MiB in 16 bit.
 SCRATCH = 2**25
 TILES = 8
@@ -145,7 +143,7 @@ def way_of(M: int, device: torch.device, dtype: torch.dtype) -> Callable[..., An
     """The function that multiplies M rows, one or more."""
     if device.type != "cuda":
         return dequantize_and_multiply
-    if MIN_ROWS <= M < MAX_GEMM_ROWS and why_not_gemm(device, dtype) is None:
+    if M >= MIN_ROWS and why_not_gemm(device, dtype) is None:
         return gemm_4bit
     if M <= SPLIT_ROWS and why_not_gemv(device, dtype) is None:
         return gemv_4bit

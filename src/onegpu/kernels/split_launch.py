@@ -6,7 +6,6 @@ All of it is chosen from shapes and the device, never from lengths, so a launch 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,15 +15,13 @@ import triton
 from torch import Tensor
 
 from onegpu.kernels.kv_rows import require_kv_dtype
-from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES, capability, on_device_of, shared_bytes
+from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES, capability, on_device_of, processors, shared_bytes
 from onegpu.kernels.split_attention import split_attention_kernel
 from onegpu.kernels.tickets import tickets
 
 __all__ = ["Config", "configure", "constants", "decode_attention", "num_units", "rotary_decode_attention"]
 
 OVERLAP_CAPABILITY: Final = (9, 0)
-# The interpreter has no processors; a few units make sequences come in parts.
-INTERPRETER_PROCESSORS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +66,6 @@ def num_units(config: Config, B: int, heads: int, reachable: int, processors: in
     """Second size of the grid: enough to fill the device, two for each sequence so that long ones get more."""
     wanted = max(2 * B, config.per_sm * processors // heads)
     return max(B, min(wanted, B * triton.cdiv(reachable, config.min_keys)))
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return INTERPRETER_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def constants(
