@@ -50,6 +50,26 @@ def slow(q: Tensor, k: Tensor, v: Tensor, bounds: PrefillBounds, scale: float, *
     return out
 
 
+def exact(q: Tensor, k: Tensor, v: Tensor, bounds: PrefillBounds, scale: float, **more: Any) -> Tensor:
+    """As `slow`, one sequence after another, where the tensors are."""
+    window, softcap, sinks = more.get("window"), more.get("softcap"), more.get("sinks")
+    parts = []
+    ends = zip(q.split(bounds.lengths_q), k.split(bounds.lengths_k), v.split(bounds.lengths_k), strict=True)
+    for rows, keys, values in ends:
+        keys, values = (t.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (keys, values))
+        scores = torch.einsum("ihd,jhd->hij", rows.double(), keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        places = torch.arange(len(keys), device=q.device)
+        age = places[len(keys) - len(rows) :, None] - places
+        hidden = age < 0 if window is None else (age < 0) | (age >= window)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double()[:, None, None].expand(-1, len(rows), 1)), -1)
+        parts.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1)[..., : len(keys)], values))
+    return torch.cat(parts)
+
+
 def tensors(bounds: PrefillBounds, Hq: int = 4, Hkv: int = 2, D: int = 16, DV: int = 16) -> tuple[Tensor, ...]:
     Tq, Tk = sum(bounds.lengths_q), sum(bounds.lengths_k)
     return normal(Tq, Hq, D, seed=0), normal(Tk, Hkv, D, seed=1), normal(Tk, Hkv, DV, seed=2)
@@ -69,8 +89,9 @@ def test_backends_agree(lengths: tuple, window: int | None, name: str | None) ->
 def test_soft_cap_and_sinks(more: dict[str, Any]) -> None:
     bounds = PrefillBounds.of(*LENGTHS[-1])
     q, k, v = tensors(bounds, DV=24)
-    got = prefill_attention(q, k, v, bounds, 0.3, **more)
-    torch.testing.assert_close(got.double(), slow(q, k, v, bounds, 0.3, **more), rtol=0, atol=2e-6)
+    want = slow(q, k, v, bounds, 0.3, **more)
+    torch.testing.assert_close(exact(q, k, v, bounds, 0.3, **more), want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(prefill_attention(q, k, v, bounds, 0.3, **more).double(), want, rtol=0, atol=2e-6)
 
 
 def test_parts_of_a_prompt_are_the_whole() -> None:
@@ -175,18 +196,17 @@ def test_choosing() -> None:
 @pytest.mark.parametrize("D", [64, 80, 128, 256])
 @pytest.mark.parametrize("lengths", [((300,), (300,)), ((65, 1, 0, 128), (200, 90, 3, 128))])
 def test_on_a_device(dtype: torch.dtype, D: int, lengths: tuple) -> None:
-    bounds, here = PrefillBounds.of(*lengths, "cuda"), PrefillBounds.of(*lengths)
-    q, k, v = (t.to(dtype) for t in tensors(here, D=D, DV=D))
+    bounds = PrefillBounds.of(*lengths, "cuda")
+    q, k, v = (t.to(CUDA, dtype) for t in tensors(bounds, D=D, DV=D))
     limit = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     ran = set()
-    for more in ({}, {"window": 40}, {"softcap": 5.0}, {"sinks": normal(4, seed=5)}):
-        want = prefill_attention(q.float(), k.float(), v.float(), here, 0.1, **more, backend="plain")
-        there = {name: t.cuda() if isinstance(t, Tensor) else t for name, t in more.items()}
+    for more in ({}, {"window": 40}, {"softcap": 5.0}, {"sinks": normal(4, seed=5).cuda()}):
+        want = exact(q, k, v, bounds, 0.1, **more)
         spec = PrefillSpec(CUDA, dtype, D, D, has_softcap="softcap" in more, has_sinks="sinks" in more)
         for backend in PREFILL_BACKENDS:
             if backend.why_not(spec) is None:
-                got = prefill_attention(q.cuda(), k.cuda(), v.cuda(), bounds, 0.1, **there, backend=backend.name)
-                torch.testing.assert_close(got.cpu().float(), want, rtol=0, atol=limit, msg=backend.name)
+                got = prefill_attention(q, k, v, bounds, 0.1, **more, backend=backend.name)
+                torch.testing.assert_close(got.double(), want, rtol=0, atol=limit, msg=backend.name)
                 ran.add(backend.name)
     assert {"onegpu_causal", "sdpa", "plain"} <= ran
 

@@ -1,4 +1,7 @@
-"""Inputs, a float64 oracle and the error budget that the tests of the products share."""
+"""Inputs, a float64 oracle and the error budget that the tests of the products share.
+
+All of it works where its tensors are: tests of large shapes make weights and references on the GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from torch import Tensor
 from onegpu.formats import blockwise
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Weights in float64 at a time: 128 MiB.
+EXACT_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,27 @@ class Weight4bit:
         )
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight it stands for, on the CPU."""
-        absmax = self.absmax.cpu()
+        """The weight it stands for, where it is; a GPU and a CPU give the same bits."""
+        absmax = self.absmax
         if self.nested:
-            absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(absmax, *(t.cpu() for t in self.nested)))
-        return blockwise.dequantize_4bit(self.packed.cpu(), absmax, self.shape, dtype, self.quant_type, self.blocksize)
+            absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(absmax, *self.nested))
+        return blockwise.dequantize_4bit(self.packed, absmax, self.shape, dtype, self.quant_type, self.blocksize)
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def normal(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Standard normal numbers; another kind of device gives other ones."""
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
 @functools.lru_cache(maxsize=8)
-def weight_4bit(N: int, K: int, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False) -> Weight4bit:
-    packed, absmax = blockwise.quantize_4bit(normal(N, K, seed=N + K) * 0.02, quant_type, blocksize)
+def weight_4bit(
+    N: int, K: int, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False, device: str = "cpu"
+) -> Weight4bit:
+    """Made by the definition, on `device`; shared among tests, so nobody may write to it."""
+    weight = normal(N, K, seed=N + K, device=device).mul_(0.02)
+    packed, absmax = blockwise.quantize_4bit(weight, quant_type, blocksize)
     rest: tuple[Tensor, ...] = ()
     if nested:
         absmax, *rest_list = blockwise.quantize_absmax(absmax)
@@ -60,16 +72,18 @@ def weight_4bit(N: int, K: int, quant_type: str = "nf4", blocksize: int = 64, ne
 
 
 def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias in float64, on the CPU."""
-    y = x.cpu().double() @ weight.cpu().double().T
-    return y if bias is None else y + bias.cpu().double()
+    """x @ weight.T + bias in float64, where the weight is, and a part of it at a time."""
+    rows = x.to(weight.device).double()
+    parts = weight.split(max(1, EXACT_CHUNK // max(1, weight.shape[1])))
+    y = torch.cat([rows @ part.double().T for part in parts], -1)
+    return y if bias is None else y + bias.to(weight.device).double()
 
 
-def assert_no_worse(y: Tensor, plain: Tensor, exact: Tensor, factor: float = 1.5) -> None:
+def assert_no_worse(y: Tensor, plain: Tensor, exact: Tensor, factor: float = 1.5, what: object = "") -> None:
     """The error of y against float64 is within `factor` of that of the plain computation in the same dtype.
 
     Root mean squares over all elements, plus what rounding the result once costs: on a few elements the plain
-    computation may be right by chance.
+    computation may be right by chance. Compared where `exact` is; `what` is compared, for the message.
     """
     assert y.dtype == plain.dtype
     assert y.shape == plain.shape == exact.shape
@@ -78,8 +92,9 @@ def assert_no_worse(y: Tensor, plain: Tensor, exact: Tensor, factor: float = 1.5
         return float(values.double().square().mean().sqrt())
 
     rounding = torch.finfo(y.dtype).eps / 2 * rms(exact)
-    error, budget = rms(y.cpu().double() - exact), factor * rms(plain.cpu().double() - exact) + rounding
-    assert error <= budget, f"error {error:.3g} above {budget:.3g}"
+    error, base = (rms(values.to(exact.device).double() - exact) for values in (y, plain))
+    budget = factor * base + rounding
+    assert error <= budget, f"error {error:.3g} above {budget:.3g} {what}"
 
 
 def run_captured(call: Callable[[], Any], change: Callable[[], None]) -> Any:

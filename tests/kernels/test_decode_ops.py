@@ -20,7 +20,7 @@ QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 
 @dataclass
 class Cache:
-    """Filled slots, on the CPU."""
+    """Filled slots."""
 
     k: Tensor
     v: Tensor
@@ -41,9 +41,16 @@ class Cache:
 
 
 def cache_of(
-    slots: int, Hkv: int, capacity: int, D: int, DV: int, dtype: torch.dtype, kv: torch.dtype | None = None
+    slots: int,
+    Hkv: int,
+    capacity: int,
+    D: int,
+    DV: int,
+    dtype: torch.dtype,
+    kv: torch.dtype | None = None,
+    made_on: torch.device | str = "cpu",
 ) -> Cache:
-    k, v = normal(slots, Hkv, capacity, D, seed=1, dtype=dtype), normal(slots, Hkv, capacity, DV, seed=2, dtype=dtype)
+    k, v = (normal(slots, Hkv, capacity, n, seed=s, dtype=dtype, device=made_on) for n, s in ((D, 1), (DV, 2)))
     if kv is None:
         return Cache(k, v)
     (k, k_scale), (v, v_scale) = reference.quantize_kv(k, kv), reference.quantize_kv(v, kv)
@@ -60,10 +67,10 @@ def attend(
     sinks: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """One row and head after another, in `dtype` throughout."""
+    """One row and head after another, in `dtype` throughout, where the cache is."""
     k = reference.dequantize_kv(cache.k, cache.k_scale).to(dtype)
     v = reference.dequantize_kv(cache.v, cache.v_scale).to(dtype)
-    out = torch.empty(*q.shape[:2], v.shape[3], dtype=dtype)
+    out = torch.empty(*q.shape[:2], v.shape[3], dtype=dtype, device=q.device)
     G = q.shape[1] // k.shape[1]
     for b, position in enumerate(positions):
         first = 0 if window is None else max(0, position + 1 - window)
@@ -90,19 +97,26 @@ class Shape:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def check(device: torch.device, dtype: torch.dtype, shape: Shape, *, units: int | None = None) -> None:
+def check(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: Shape,
+    *,
+    units: int | None = None,
+    oracle_on: torch.device | str = "cpu",
+) -> None:
     from onegpu.kernels import split_launch
     from onegpu.kernels.tickets import tickets_of
 
     B, DV = len(shape.positions), shape.DV or shape.D
     more = {"window": None, "softcap": None, "sinks": None} | shape.more
-    cache = cache_of(B + 1, shape.Hkv, shape.capacity, shape.D, DV, dtype, shape.kv)
+    cache = cache_of(B + 1, shape.Hkv, shape.capacity, shape.D, DV, dtype, shape.kv, oracle_on)
     for t in (cache.k, cache.v) if shape.kv is None else ():
         for b, position in enumerate(shape.positions):
             t[b, :, position + 1 :] = torch.nan  # beyond the end anything may stand
-    q = normal(B, shape.Hq, shape.D, dtype=dtype)
+    q = normal(B, shape.Hq, shape.D, dtype=dtype, device=oracle_on)
     scale = shape.D**-0.5
-    positions = torch.tensor(shape.positions, dtype=torch.int32)
+    positions = torch.tensor(shape.positions, dtype=torch.int32, device=oracle_on)
     exact = attend(q, cache, shape.positions, scale, dtype=torch.float64, **more)
     plain = attend(q, cache, shape.positions, scale, dtype=dtype, **more)
     there = cache.to(device)
@@ -114,8 +128,10 @@ def check(device: torch.device, dtype: torch.dtype, shape: Shape, *, units: int 
     # Three TF32 products keep 21 bits of a float32's 24.
     # The kernel's tanh is 1 - 2 / (exp + 1): right to a bit of 1, not of its own size.
     factor = 8.0 if dtype == torch.float32 and (device.type == "cuda" or more["softcap"]) else 1.5
-    assert_no_worse(got.cpu(), plain, exact, factor)
-    assert_no_worse(decode_attention(q, cache.k, cache.v, positions, scale, **more, **cache.scales), plain, exact)
+    assert_no_worse(got, plain, exact, factor)
+    # The operator on a CPU; on a GPU it would be the kernel again.
+    defined = decode_attention if exact.device.type == "cpu" else reference.decode_attention
+    assert_no_worse(defined(q, cache.k, cache.v, positions, scale, **more, **cache.scales), plain, exact)
     assert not tickets_of(args[0].device).counters.any()
 
 
@@ -461,5 +477,9 @@ def test_captured(overlap: bool, kv: torch.dtype | None) -> None:
 @pytest.mark.gpu
 def test_long_on_a_device() -> None:
     """Lengths at which every unit has work, in a ragged batch."""
-    check(torch.device("cuda"), torch.bfloat16, Shape([8190], Hq=32, Hkv=8, D=128, capacity=8192))
-    check(torch.device("cuda"), torch.bfloat16, Shape([8190, 3, 1000, 77], Hq=8, Hkv=2, D=128, capacity=8192))
+    device = torch.device("cuda")
+    for shape in (
+        Shape([8190], Hq=32, Hkv=8, D=128, capacity=8192),
+        Shape([8190, 3, 1000, 77], Hq=8, Hkv=2, D=128, capacity=8192),
+    ):
+        check(device, torch.bfloat16, shape, oracle_on=device)

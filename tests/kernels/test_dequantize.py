@@ -59,7 +59,7 @@ def test_slices(device: torch.device) -> None:
     for first, n in ((1, 436), (3, 64), (7, 52), (2, 1), (0, 0)):
         out = torch.full((n + 3,), 9.0, dtype=torch.float16, device=device)
         dequantize.dequantize_blocks(out, weight.packed, scales, first=first, n=n, quant_type="nf4", blocksize=64)
-        assert torch.equal(out[:n].cpu(), whole[first * 64 : first * 64 + n])
+        assert torch.equal(out[:n], whole[first * 64 : first * 64 + n])
         assert (out[n:] == 9).all()
 
 
@@ -72,13 +72,16 @@ def test_empty(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4097, 4095)])
+@pytest.mark.parametrize(
+    ("shape", "where"), [((257, 4096), "cpu"), ((4096, 4096), "cuda"), ((14336, 4096), "cuda"), ((4097, 4095), "cuda")]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_real_shapes(dtype: torch.dtype, shape: tuple[int, int], nested: bool, quant_type: str) -> None:
-    weight = weight_4bit(*shape, quant_type, nested=nested)
+def test_real_shapes(dtype: torch.dtype, shape: tuple[int, int], where: str, nested: bool, quant_type: str) -> None:
+    """The definition, evaluated on the CPU and, of large weights, on the GPU."""
+    weight = weight_4bit(*shape, quant_type, nested=nested, device=where)
     there = weight.to(torch.device("cuda"))
     out = dequantize_4bit(there.packed, there.absmax, shape, dtype, quant_type, 64, *there.nested)
-    assert torch.equal(out.cpu(), weight.dense(dtype))
+    assert torch.equal(out.to(where), weight.dense(dtype))
 
 
 @pytest.mark.gpu

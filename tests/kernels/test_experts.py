@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cases import DTYPES, assert_no_worse, normal, run_captured
+from kernels.cases import DTYPES, assert_no_worse, exact_product, normal, run_captured
 from onegpu.errors import ArgumentError, DeviceError, UnsupportedError
 from onegpu.formats import blockwise, rowwise
 from onegpu.kernels import experts_ops
@@ -52,9 +52,21 @@ class Stack:
         kind = "nf4" if self.weight_format == "nested" else self.weight_format
         return blockwise.dequantize_4bit(codes, absmax, self.shape, dtype, kind, self.blocksize)
 
+    def expert(self, e: int) -> Stack:
+        """Expert e alone; its scales are not nested."""
+        _, N, K = self.shape
+        if self.weight_format == "int8":
+            return Stack("int8", (1, N, K), tuple(t[e : e + 1] for t in self.tensors), 1)
+        codes, absmax, *nested = self.tensors
+        if nested:
+            absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(absmax, *nested))
+        n = N * K
+        tensors = (codes[e * n // 2 : (e + 1) * n // 2], absmax.view(self.shape[0], -1)[e])
+        return Stack("nf4" if nested else self.weight_format, (1, N, K), tensors, self.blocksize)
 
-def stack(weight_format: str, E: int, N: int, K: int, blocksize: int = 64) -> Stack:
-    weight = normal(E, N, K, seed=E + N + K) * 0.05
+
+def stack(weight_format: str, E: int, N: int, K: int, blocksize: int = 64, device: torch.device | str = "cpu") -> Stack:
+    weight = normal(E, N, K, seed=E + N + K, device=device).mul_(0.05)
     if weight_format == "int8":
         codes, stats, _ = rowwise.quantize_rows(weight.view(E * N, K), 0.0)
         return Stack(weight_format, (E, N, K), (codes.view(E, N, K), stats.view(E, N)), 1)
@@ -64,9 +76,9 @@ def stack(weight_format: str, E: int, N: int, K: int, blocksize: int = 64) -> St
     return Stack(weight_format, (E, N, K), tuple(tensors), blocksize)
 
 
-def routing(T: int, k: int, E: int, seed: int = 0) -> Tensor:
+def routing(T: int, k: int, E: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """k different experts for each token; some get none, one gets many."""
-    scores = torch.rand(T, E, generator=torch.Generator().manual_seed(seed))
+    scores = torch.rand(T, E, generator=torch.Generator(device).manual_seed(seed), device=device)
     scores[:, E // 2] += 0.3
     return scores.topk(k, dim=-1).indices
 
@@ -250,19 +262,19 @@ def test_tall_tiles(device: torch.device, experts) -> None:
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize(("E", "k", "N", "K"), [(8, 2, 1024, 4096), (128, 8, 1536, 2048), (128, 8, 2048, 768)])
 def test_real_shapes(weight_format: str, E: int, k: int, N: int, K: int) -> None:
-    weights = stack(weight_format, E, N, K)
-    there = weights.to("cuda")
-    dense = weights.dense(torch.float32).cuda()
+    weights = stack(weight_format, E, N, K, device="cuda")
+    dense = {e: weights.expert(e).dense(torch.float32)[0] for e in range(0, E, max(1, E // 8))}
     for T in (1, 2, 7, 33, 200, 1500):
-        x, ids = normal(T, K, dtype=torch.bfloat16).cuda(), routing(T, k, E).cuda()
-        y = there.multiply(x, ids)
+        x, ids = normal(T, K, dtype=torch.bfloat16, device="cuda"), routing(T, k, E, device="cuda")
+        y = weights.multiply(x, ids)
         rows = x.repeat_interleave(k, 0)
-        for e in range(0, E, max(1, E // 8)):
+        for e, weight in dense.items():
             pairs = (ids.view(-1) == e).nonzero().view(-1)
-            exact = rows[pairs].double() @ dense[e].double().T
-            plain = rows[pairs] @ dense[e].bfloat16().T
             if len(pairs):
-                assert_no_worse(y[pairs], plain, exact.cpu())
+                plain = rows[pairs] @ weight.bfloat16().T
+                assert_no_worse(
+                    y[pairs], plain, exact_product(rows[pairs], weight, None), what=f"of {T} tokens, expert {e}"
+                )
 
 
 @pytest.mark.gpu

@@ -152,20 +152,16 @@ def product(
 def test_real_and_odd_shapes(N: int, K: int, dtype: torch.dtype, quant_type: str, nested: bool) -> None:
     """Every number of rows, and the ways past 32 rows."""
     needs_gemv(dtype)
-    generator = torch.Generator("cuda").manual_seed(N + K)
-    packed, absmax = blockwise.quantize_4bit(torch.randn(N, K, generator=generator, device="cuda"), quant_type, 64)
-    scales, rest = absmax, ()
-    if nested:
-        scales, *rest = blockwise.quantize_absmax(absmax)
-        absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(scales, *rest))
-    weight = Weight4bit(packed, scales, (N, K), quant_type, 64, tuple(rest))
-    dense = blockwise.dequantize_4bit(packed, absmax, (N, K), torch.float32, quant_type, 64)
-    x, bias = normal(129, K, dtype=dtype).cuda(), normal(N, seed=2, dtype=dtype).cuda()
-    exact = (torch.mm(x.double(), dense.double().T) + bias.double()).cpu()
-    rounded = dense.to(dtype)
+    from onegpu.kernels.tiled_ops import linear_4bit_tiled
+
+    weight = weight_4bit(N, K, quant_type, nested=nested, device="cuda")
+    x, bias = normal(129, K, dtype=dtype, device="cuda"), normal(N, seed=2, dtype=dtype, device="cuda")
+    exact = exact_product(x, weight.dense(torch.float32), bias)
+    dense = weight.dense(dtype)
+    codes, scales = tiled(weight)
     for M in (*range(1, 34), 64, 97, 129):
-        y = product(x[:M], weight, bias)()
-        assert_no_worse(y.cpu(), linear(x[:M], rounded, bias).cpu(), exact[:M], factor=1.1)
+        y = linear_4bit_tiled(x[:M], codes, scales, bias, *weight.args)
+        assert_no_worse(y, linear(x[:M], dense, bias), exact[:M], factor=1.1, what=f"at {M} rows")
 
 
 @pytest.mark.gpu
@@ -173,13 +169,13 @@ def test_real_and_odd_shapes(N: int, K: int, dtype: torch.dtype, quant_type: str
 def test_heavy_tails(M: int) -> None:
     """A few columns of x a thousand times larger than the rest, as language models have them, and a common offset."""
     needs_gemv(torch.bfloat16)
-    weight = weight_4bit(2048, 4096)
-    x = normal(M, 4096) + 0.5
+    weight = weight_4bit(2048, 4096, device="cuda")
+    x = normal(M, 4096, device="cuda") + 0.5
     x[:, ::511] *= 1000
-    x = x.to(torch.bfloat16).cuda()
-    y = product(x, weight.to(torch.device("cuda")), None)()
+    x = x.to(torch.bfloat16)
+    y = product(x, weight, None)()
     exact = exact_product(x, weight.dense(torch.float32), None)
-    assert_no_worse(y.cpu(), linear(x, weight.dense(torch.bfloat16).cuda()).cpu(), exact, factor=1.1)
+    assert_no_worse(y, linear(x, weight.dense(torch.bfloat16)), exact, factor=1.1)
 
 
 @pytest.mark.gpu
@@ -187,12 +183,12 @@ def test_heavy_tails(M: int) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_blocksize(blocksize: int, nested: bool) -> None:
     needs_gemv(torch.float16)
-    weight = weight_4bit(100, 4096, blocksize=blocksize, nested=nested)
+    weight = weight_4bit(100, 4096, blocksize=blocksize, nested=nested, device="cuda")
     for M in (1, 7, 16, 32, 100):
-        x = normal(M, 4096, dtype=torch.float16).cuda()
-        y = product(x, weight.to(torch.device("cuda")), None)()
+        x = normal(M, 4096, dtype=torch.float16, device="cuda")
+        y = product(x, weight, None)()
         exact = exact_product(x, weight.dense(torch.float32), None)
-        assert_no_worse(y.cpu(), linear(x, weight.dense(torch.float16).cuda()).cpu(), exact, factor=1.1)
+        assert_no_worse(y, linear(x, weight.dense(torch.float16)), exact, factor=1.1, what=f"at {M} rows")
 
 
 @pytest.mark.gpu
@@ -214,8 +210,8 @@ def test_strided_rows_and_bias_dtypes(M: int) -> None:
 def test_captured_and_the_same_each_time(M: int, nested: bool) -> None:
     """No waiting for the device; a replay reads new inputs; a hundred runs give the same bits."""
     needs_gemv(torch.bfloat16)
-    weight = weight_4bit(4096, 1024, nested=nested).to(torch.device("cuda"))
-    x, other = (normal(M, 1024, seed=seed, dtype=torch.bfloat16).cuda() for seed in (1, 2))
+    weight = weight_4bit(4096, 1024, nested=nested, device="cuda")
+    x, other = (normal(M, 1024, seed=seed, dtype=torch.bfloat16, device="cuda") for seed in (1, 2))
     call = product(x, weight, None)
     out = run_captured(call, lambda: x.copy_(other))
     expected = call()
@@ -235,7 +231,7 @@ def test_overlap_changes_no_bit(M: int) -> None:
     from onegpu.kernels.gemv_4bit_config import configure
 
     N = K = 4096
-    weights = [weight_4bit(N, K + 64 * seed).to(torch.device("cuda")) for seed in (0, 1)]
+    weights = [weight_4bit(N, K + 64 * seed, device="cuda") for seed in (0, 1)]
     weights = [Weight4bit(w.packed[: N * K // 2], w.absmax[: N * K // 64], (N, K), "nf4", 64, ()) for w in weights]
     parts = [tiled(weight) for weight in weights]
     start = normal(M, K, dtype=torch.bfloat16).cuda()
@@ -280,7 +276,7 @@ def test_nothing_outside_is_read_or_written(M: int, nested: bool) -> None:
     from onegpu.kernels.gemv_4bit import gemv_4bit
 
     N, K = 1000, 1472
-    weight = weight_4bit(N, K, nested=nested).to(torch.device("cuda"))
+    weight = weight_4bit(N, K, nested=nested, device="cuda")
 
     rooms = []
 
@@ -327,20 +323,19 @@ def test_tail_on_a_gpu(N: int, K: int, nested: bool) -> None:
 
     generator = torch.Generator("cuda").manual_seed(N + K)
     packed, absmax = blockwise.quantize_4bit(torch.randn(N, K, generator=generator, device="cuda"), "nf4", 64)
-    scales, rest = absmax, ()
-    if nested:
-        scales, *rest = blockwise.quantize_absmax(absmax)
-        absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(scales, *rest))
-    dense = blockwise.dequantize_4bit(packed, absmax, (N, K), torch.float32, "nf4", 64)
-    codes, tiles = tiling.tile_codes(packed, N, K), tiling.tile_scales(scales, N, K, 64)
+    scales = blockwise.quantize_absmax(absmax) if nested else (absmax,)
+    weight = Weight4bit(packed, scales[0], (N, K), "nf4", 64, tuple(scales[1:]))
+    codes, tiles = tiled(weight)
+    rows = normal(128, K, dtype=torch.bfloat16, device="cuda")
+    exact = exact_product(rows, weight.dense(torch.float32), None).float()
     for M in (1, 3, 8, 16, 32, 50, 128):
-        x = normal(M, K, dtype=torch.bfloat16).cuda()
-        t = torch.mm(x.double(), dense.double().T).float()
+        x, t = rows[:M], exact[:M]
         for activation, gated, has_residual in (("silu", True, False), (None, False, True), ("gelu", False, True)):
-            residual = normal(M, N // 2 if gated else N, dtype=torch.bfloat16).cuda() if has_residual else None
+            added = (M, N // 2 if gated else N)
+            residual = normal(*added, dtype=torch.bfloat16, device="cuda") if has_residual else None
             expected = apply_tail(t, residual, activation, gated, torch.float32)
             tail = {"residual": residual, "activation": activation, "gated": gated}
             for overlap in (False, True):
-                y = linear_4bit_tiled(x, codes, tiles, None, N, "nf4", 64, *rest, **tail, overlap=overlap)
+                y = linear_4bit_tiled(x, codes, tiles, None, *weight.args, **tail, overlap=overlap)
                 error = float((y.float() - expected).norm() / expected.norm())
                 assert error < 0.01, (M, activation, gated, has_residual, overlap)

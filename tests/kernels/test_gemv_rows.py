@@ -8,14 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.cases import DTYPES, assert_no_worse, normal, run_captured
+from kernels.cases import DTYPES, EXACT_CHUNK, assert_no_worse, normal, run_captured
 from kernels.test_tail import exact_tail
 from onegpu.formats import rowwise
 from onegpu.kernels import linear_8bit_rows, linear_16bit
@@ -26,7 +28,7 @@ KINDS = ("16bit", "8bit")
 
 
 class Case:
-    """A product's arguments on the CPU, and what it should give."""
+    """A product's arguments on some device, and what it should give, there too."""
 
     def __init__(
         self,
@@ -38,22 +40,35 @@ class Case:
         residual: bool = False,
         activation: str | None = None,
         gated: bool = False,
+        made_on: str = "cpu",
     ) -> None:
         K = shape[-1]
         self.kind = kind
-        self.x = normal(*shape, dtype=dtype)
-        dense = normal(N, K, seed=N) / K**0.5
+        make = partial(normal, device=made_on)
+        self.x = make(*shape, dtype=dtype)
+        dense = make(N, K, seed=N).div_(K**0.5)
         self.weight = (dense.to(dtype),) if kind == "16bit" else rowwise.quantize_rows(dense)[:2]
-        self.bias = normal(N, seed=8, dtype=torch.float32 if kind == "8bit" else dtype) if bias else None
+        self.bias = make(N, seed=8, dtype=torch.float32 if kind == "8bit" else dtype) if bias else None
         added = (*shape[:-1], out_features(N, gated))
-        self.residual = normal(*added, seed=9, dtype=dtype) if residual else None
+        self.residual = make(*added, seed=9, dtype=dtype) if residual else None
         self.activation, self.gated = activation, gated
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        if self.kind == "16bit":
-            return self.weight[0].to(dtype)
-        codes, row_stats = self.weight
-        return (codes.double() * row_stats.double()[:, None] / 127).to(dtype)
+    @cached_property
+    def products(self) -> tuple[Tensor, Tensor]:
+        """x @ W.T in float64, and in the dtype of x with sums in float32; some rows of W at a time."""
+        x, exact, plain = self.x, [], []
+        for rows in zip(*(t.split(max(1, EXACT_CHUNK // x.shape[-1])) for t in self.weight), strict=True):
+            dense = rows[0].double() if self.kind == "16bit" else rows[0].double() * rows[1].double()[:, None] / 127
+            exact.append(x.double() @ dense.T)
+            plain.append((x.float() @ dense.to(x.dtype).float().T).to(x.dtype).float())
+        return torch.cat(exact, -1), torch.cat(plain, -1)
+
+    def first(self, M: int) -> Case:
+        """The case of the first M rows of a matrix x."""
+        part = copy(self)
+        part.x, part.residual = self.x[:M], None if self.residual is None else self.residual[:M]
+        part.products = tuple(t[:M] for t in self.products)
+        return part
 
     def args(self, device: torch.device) -> list[object]:
         tensors = [self.x, *self.weight, self.bias, self.residual]
@@ -72,14 +87,13 @@ class Case:
 
     def check(self, y: Tensor) -> None:
         """No worse than the dense product in the dtype of x, its tail in float32."""
-        t = self.x.double() @ self.dense(torch.float64).T
-        plain = (self.x.float() @ self.dense(self.x.dtype).float().T).to(self.x.dtype).float()
+        t, plain = self.products
         if self.bias is not None:
             t, plain = t + self.bias.double(), plain + self.bias.float()
         exact = exact_tail(t, self.residual, self.activation, self.gated)
         plain = apply_tail(plain, self.residual, self.activation, self.gated, self.x.dtype)
         # In float32 all that differs is the order of sums, which chance decides on a few elements.
-        assert_no_worse(y, plain, exact, 4.0 if self.x.dtype == torch.float32 else 1.0)
+        assert_no_worse(y, plain, exact, 4.0 if self.x.dtype == torch.float32 else 1.0, f"at {tuple(self.x.shape)}")
 
 
 SHAPES = [
@@ -179,7 +193,7 @@ def test_rows_of_a_wider_weight(device: torch.device) -> None:
 @pytest.mark.parametrize(("N", "K"), [(37, 130), (4096, 4096)])
 def test_rows_do_not_depend_on_their_neighbours(kind: str, N: int, K: int) -> None:
     """Within a bucket (1; 2-8; 9-16; 17-32; 33-64 rows) a row has the same bits wherever and with whomever it is."""
-    case = Case(kind, (64, K), N, bias=True, residual=True)
+    case = Case(kind, (64, K), N, bias=True, residual=True, made_on="cuda")
     x, *weight, bias, residual, _, _ = case.args(torch.device("cuda"))
     from onegpu.kernels import gemv_8bit, gemv_16bit
 
@@ -294,11 +308,13 @@ def test_only_weights_are_touched_before_the_wait(compiled: list[dict]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("M", [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 300])
+@pytest.mark.parametrize("tail", [{"bias": True, "residual": True}, {"activation": "silu", "gated": True}])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (28672, 4096), (4096, 14336), (4098, 4095)])
-def test_real_shapes(kind: str, dtype: torch.dtype, M: int, N: int, K: int) -> None:
-    for tail in ({"bias": True, "residual": True}, {"activation": "silu", "gated": True}):
-        case = Case(kind, (M, K), N, dtype, **tail)  # type: ignore[arg-type]
+def test_real_shapes(kind: str, dtype: torch.dtype, tail: dict[str, object], N: int, K: int) -> None:
+    """On either side of every bucket's end, and beyond the last."""
+    whole = Case(kind, (300, K), N, dtype, **tail, made_on="cuda")  # type: ignore[arg-type]
+    for M in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 300):
+        case = whole.first(M)
         case.check(case.launch(torch.device("cuda")))
 
 
@@ -313,7 +329,7 @@ def test_more_than_31_bits_of_weights(kind: str) -> None:
     weight = codes.half() if kind == "16bit" else codes
     operator = linear_16bit if kind == "16bit" else lambda x, w: linear_8bit_rows(x, w, row_stats)
     for M in (1, 3):
-        x = normal(M, K).half().cuda()
+        x = normal(M, K, device="cuda").half()
         y = operator(x, weight) if kind == "8bit" else operator(x / 4096, weight)
         for part in (slice(0, 64), slice(2**17 - 16, N)):
             exact = x.double() @ codes[part].double().T

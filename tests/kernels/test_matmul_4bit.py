@@ -98,17 +98,17 @@ def test_rows_do_not_see_each_other(device: torch.device, matmul) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("M", [1, 2, 4, 5, 16, 33, 64, 65, 512])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (14336, 4096), (4097, 4095)])
-def test_real_shapes(M: int, N: int, K: int, nested: bool, dtype: torch.dtype) -> None:
-    weight = weight_4bit(N, K, nested=nested)
-    there = weight.to(torch.device("cuda"))
-    x, bias = normal(M, K, dtype=dtype), normal(N, seed=2, dtype=dtype)
-    y = linear_4bit(x.cuda(), there.packed, there.absmax, bias.cuda(), *there.args)
-    plain = linear(x.cuda(), weight.dense(dtype).cuda(), bias.cuda())
-    dense = weight.dense(torch.float32).cuda().double()
-    exact = (x.cuda().double() @ dense.T + bias.cuda().double()).cpu()
-    assert_no_worse(y, plain, exact, factor=1.5 if dtype == torch.float32 else 1.1)
+def test_real_shapes(N: int, K: int, nested: bool, dtype: torch.dtype) -> None:
+    """On either side of every number of rows at which one way hands over to the next."""
+    weight = weight_4bit(N, K, nested=nested, device="cuda")
+    x, bias = normal(512, K, dtype=dtype, device="cuda"), normal(N, seed=2, dtype=dtype, device="cuda")
+    exact = exact_product(x, weight.dense(torch.float32), bias)
+    dense = weight.dense(dtype)
+    factor = 1.5 if dtype == torch.float32 else 1.1
+    for M in (1, 2, 4, 5, 16, 33, 64, 65, 512):
+        y = linear_4bit(x[:M], weight.packed, weight.absmax, bias, *weight.args)
+        assert_no_worse(y, linear(x[:M], dense, bias), exact[:M], factor, f"at {M} rows")
 
 
 @pytest.mark.gpu
@@ -119,19 +119,19 @@ def test_more_than_31_bits_of_weights(M: int) -> None:
     K, N = 16384, 2**17 + 40
     packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8, device="cuda")
     absmax = torch.rand(N * K // 64, device="cuda")
-    x = normal(M, K, dtype=torch.bfloat16).cuda()
+    x = normal(M, K, dtype=torch.bfloat16, device="cuda")
     y = linear_4bit(x, packed, absmax, None, N, "nf4", 64)
     for first, last in ((0, 64), (2**17 - 16, 2**17 + 16), (N - 64, N)):
         part = Weight4bit(
-            packed[first * K // 2 : last * K // 2].cpu(),
-            absmax[first * K // 64 : last * K // 64].cpu(),
+            packed[first * K // 2 : last * K // 2],
+            absmax[first * K // 64 : last * K // 64],
             (last - first, K),
             "nf4",
             64,
             (),
         )
-        plain = linear(x.cpu(), part.dense(torch.bfloat16))
-        assert_no_worse(y[:, first:last].cpu(), plain, exact_product(x, part.dense(torch.float32), None))
+        plain = linear(x, part.dense(torch.bfloat16))
+        assert_no_worse(y[:, first:last], plain, exact_product(x, part.dense(torch.float32), None))
 
 
 @pytest.mark.gpu

@@ -5,6 +5,8 @@ Up to 32 rows of 16-bit x, or 256, the definition is that of `linear_8bit_rows`:
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -21,24 +23,28 @@ def matmul(device: torch.device):
     return matmul_8bit
 
 
-def weight_8bit(N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, row_stats, _ = rowwise.quantize_rows(normal(N, K, seed=N))
+@functools.lru_cache(maxsize=4)
+def weight_8bit(N: int, K: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Shared among tests, so nobody may write to it."""
+    codes, row_stats, _ = rowwise.quantize_rows(normal(N, K, seed=N, device=device))
     return codes, row_stats
 
 
-def with_outliers(M: int, K: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+def with_outliers(M: int, K: int, columns: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     """Normal rows below 5, and `columns` columns that reach 6 to 60 in some row."""
-    x = normal(M, K, seed=seed).clamp(-4.9, 4.9)
-    places = torch.randperm(K, generator=torch.Generator().manual_seed(seed))[:columns]
-    rows = torch.arange(columns) % M
-    x[rows, places] = 6 + normal(columns, seed=3).abs() * 15
+    x = normal(M, K, seed=seed, device=device).clamp(-4.9, 4.9)
+    places = torch.randperm(K, generator=torch.Generator().manual_seed(seed))[:columns].to(device)
+    rows = torch.arange(columns, device=device) % M
+    x[rows, places] = 6 + normal(columns, seed=3, device=device).abs() * 15
     return x.to(dtype)
 
 
 def assert_close(
     y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, row_stats: torch.Tensor, bias, threshold
 ) -> None:
-    """Within one rounding of the definition: the outlier sums alone depend on an order, and are float32.
+    """Within one rounding of the definition, which is evaluated where x and the weight are.
+
+    The outlier sums alone depend on an order, and are float32.
 
     Tensor cores cut low bits off as they add, so a sum of hundreds of columns may be off by a few 1e-6 of its size.
     """
@@ -53,7 +59,7 @@ def assert_close(
     assert y.shape == expected.shape
     scale = float(expected.double().square().mean().sqrt()) if expected.numel() else 0.0
     eps = torch.finfo(x.dtype).eps
-    torch.testing.assert_close(y.cpu(), expected, rtol=eps, atol=max(eps / 16, 1e-5) * scale)
+    torch.testing.assert_close(y.to(expected.device), expected, rtol=eps, atol=max(eps / 16, 1e-5) * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,13 +132,18 @@ def test_list_of_columns(K: int, device: torch.device, matmul) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [0, 7, 300])
-@pytest.mark.parametrize("M", [1, 16, 32, 33, 64, 65, 512])
-@pytest.mark.parametrize(("N", "K"), [(4096, 4096), (14336, 4096), (4097, 4095)])
-def test_real_shapes(M: int, N: int, K: int, columns: int, dtype: torch.dtype) -> None:
-    codes, row_stats = weight_8bit(N, K)
-    x, bias = with_outliers(M, K, columns, dtype), normal(N, seed=8, dtype=dtype)
-    y = linear_8bit(x.cuda(), codes.cuda(), row_stats.cuda(), bias.cuda(), 6.0)
-    assert_close(y, x, codes, row_stats, bias, 6.0)
+@pytest.mark.parametrize(
+    ("N", "K", "where"), [(257, 4095, "cpu"), (4096, 4096, "cuda"), (14336, 4096, "cuda"), (4097, 4095, "cuda")]
+)
+def test_real_shapes(N: int, K: int, where: str, columns: int, dtype: torch.dtype) -> None:
+    """The definition, evaluated on the CPU and, of large weights, on the GPU."""
+    codes, row_stats = weight_8bit(N, K, where)
+    bias = normal(N, seed=8, dtype=dtype, device=where)
+    there = [t.cuda() for t in (codes, row_stats, bias)]
+    for M in (1, 16, 32, 33, 64, 65, 512):
+        x = with_outliers(M, K, columns, dtype, device=where)
+        y = linear_8bit(x.cuda(), *there, 6.0)
+        assert_close(y, x, codes, row_stats, bias, 6.0)
 
 
 @pytest.mark.gpu

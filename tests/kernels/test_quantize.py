@@ -175,15 +175,18 @@ class TestQuantize8bitRows:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", [(4096, 4096), (14336, 4096), (4097, 4095)])
+@pytest.mark.parametrize(
+    ("shape", "where"), [((257, 4096), "cpu"), ((4096, 4096), "cuda"), ((14336, 4096), "cuda"), ((4097, 4095), "cuda")]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_real_shapes_4bit(dtype: torch.dtype, shape: tuple[int, int], quant_type: str) -> None:
-    weight = normal(*shape, dtype=dtype) * 0.02
+def test_real_shapes_4bit(dtype: torch.dtype, shape: tuple[int, int], where: str, quant_type: str) -> None:
+    """The definition, evaluated on the CPU and, of large weights, on the GPU."""
+    weight = normal(*shape, dtype=dtype, device=where) * 0.02
     packed, absmax = quantize_4bit(weight.cuda(), quant_type, 64)
     expected = blockwise.quantize_4bit(weight, quant_type, 64)
-    assert torch.equal(packed.cpu(), expected[0])
-    assert torch.equal(absmax.cpu(), expected[1])
-    nested, expected_nested = blockwise.quantize_absmax(absmax), blockwise.quantize_absmax(expected[1])
+    assert torch.equal(packed.to(where), expected[0])
+    assert torch.equal(absmax.to(where), expected[1])
+    nested, expected_nested = blockwise.quantize_absmax(absmax), blockwise.quantize_absmax(absmax.cpu())
     # The mean may differ in its last bit; the codes then differ in a few near ties.
     torch.testing.assert_close(nested.offset.cpu(), expected_nested.offset, rtol=2e-7, atol=0)
     assert (nested.codes.cpu() != expected_nested.codes).float().mean() <= 1e-3
@@ -191,13 +194,13 @@ def test_real_shapes_4bit(dtype: torch.dtype, shape: tuple[int, int], quant_type
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize("shape", [(4096, 4096), (257, 14336), (1, 4095)])
+@pytest.mark.parametrize(("shape", "where"), [((4096, 4096), "cuda"), ((257, 14336), "cpu"), ((1, 4095), "cpu")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_real_shapes_8bit(dtype: torch.dtype, shape: tuple[int, int], threshold: float) -> None:
-    x = normal(*shape, dtype=dtype) * 1.7
+def test_real_shapes_8bit(dtype: torch.dtype, shape: tuple[int, int], where: str, threshold: float) -> None:
+    x = normal(*shape, dtype=dtype, device=where) * 1.7
     ours = quantize_8bit_rows(x.cuda(), threshold)
     for a, b in zip(ours, rowwise.quantize_rows(x, threshold), strict=True):
-        assert torch.equal(a.cpu(), b)
+        assert torch.equal(a.to(where), b)
 
 
 @pytest.mark.gpu
