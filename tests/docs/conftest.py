@@ -2,7 +2,9 @@
 
 `org/name` is looked up as a folder before it is a name on the Hub, by us and by Transformers. So a folder
 `Qwen/Qwen3-8B` with a tiny random model of the same architecture answers to that name, and no network is needed. What a
-command would do for minutes is made short through the command's own variables (ONEGPU_EVAL_MAX_TOKENS and others).
+command would do for minutes is made short through the command's own variables (ONEGPU_EVAL_MAX_TOKENS and others), the
+shapes that `bench --random` knows by name are as tiny as the folders, and the product that `bench encode` sets its limit
+by is not run: it is large on purpose.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from onegpu.memory.shapes import SHAPES
 from tiny_checkpoint import byte_tokenizer
 
 SIZES = {
@@ -124,6 +127,9 @@ def workplace(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "texts.txt").write_text("A cat sat on the mat.\nThe dog did not.\n\nNor did the bird.\n" * 3)
     for name, value in SHORT.items():
         monkeypatch.setenv(name, value)
+    tiny_shape = {"model_type": "llama", "tie_word_embeddings": False, **QWEN3}
+    monkeypatch.setattr("onegpu.bench.random_model.SHAPES", dict.fromkeys(SHAPES, tiny_shape))
+    monkeypatch.setattr("onegpu.bench.encode.matmul_flops", lambda dtype, device: 1e12)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     onegpu.uninstall()
