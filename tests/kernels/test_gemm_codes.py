@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from kernels.cases import Weight4bit, assert_no_worse, exact_product, normal, run_captured, weight_4bit
 from onegpu.config import BLOCKSIZES
 from onegpu.formats import tiling
-from onegpu.kernels.gemm_codes_config import MAX_SHARED, TOKENS, Config, Shape, configure, shared_bytes, stages
+from onegpu.kernels.gemm_codes_config import MAX_SHARED, PAIRED, TOKENS, Config, Shape, configure, shared_bytes, stages
 from onegpu.kernels.tail import apply_tail
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -28,13 +28,18 @@ def tiled_args(weight: Weight4bit) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+# Tokens and programs of a processor.
+CUTS = [(tokens, blocks) for tokens in TOKENS for blocks in (1, 2) if blocks == 1 or tokens <= PAIRED]
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), CUTS)
 @pytest.mark.parametrize(("bits", "groups"), [(4, 1), (4, 2), (8, 1)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_fits_shared_memory(tokens: int, bits: int, groups: int, gated: bool) -> None:
-    shape = Shape(tokens, bits, groups, gated)
+def test_fits_shared_memory(tokens: int, blocks: int, bits: int, groups: int, gated: bool) -> None:
+    shape = Shape(tokens, bits, groups, gated, blocks)
     assert stages(shape) >= 3
-    assert shared_bytes(shape) <= MAX_SHARED // (2 if tokens <= 64 else 1)
+    # Each program takes 1 KiB more for the system.
+    assert blocks * (shared_bytes(shape) + 1024) <= MAX_SHARED + 1024
 
 
 def test_configurations_fit_the_shape() -> None:
@@ -43,7 +48,7 @@ def test_configurations_fit_the_shape() -> None:
             config = configure(M, N, K, 132)
             assert config.tokens in TOKENS
             assert 1 <= config.splits <= max(1, K // 256)
-    assert configure(64, 28672, 4096, 132).tokens == 64
+            assert (config.tokens, config.blocks) in CUTS
     assert configure(64, 4096, 4096, 132).splits > 1, "32 programs alone would leave most processors without work"
 
 
@@ -52,13 +57,14 @@ DECODING = {4: ("IDP", 48), 8: ("SHFL", 48)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("tokens", "blocks"), CUTS)
 @pytest.mark.parametrize(
     ("bits", "groups", "gated", "dtype"),
     [(4, 1, False, HALVES[0]), (4, 2, True, HALVES[1]), (8, 1, False, HALVES[0]), (8, 1, True, HALVES[0])],
 )
 def test_compiles_without_spills(
     tokens: int,
+    blocks: int,
     bits: int,
     groups: int,
     gated: bool,
@@ -70,7 +76,7 @@ def test_compiles_without_spills(
     if nvrtc.why_not_nvrtc() is not None:
         pytest.skip(nvrtc.why_not_nvrtc())
     monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path))
-    made = gemm.source(gemm.Kind(tokens, bits, groups, dtype, gated, "silu" if gated else None))
+    made = gemm.source(gemm.Kind(tokens, bits, groups, dtype, gated, "silu" if gated else None, blocks))
     code = nvrtc.compile_source(made, gemm.ARCHITECTURE)
     (kept,) = (tmp_path / "cuda").glob("gemm_codes-*.cubin")
     assert kept.read_bytes() == code
@@ -129,18 +135,43 @@ def test_product(gemm, N: int, K: int, nested: bool, dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("splits", [1, 3])
-def test_every_configuration_gives_the_same(gemm, tokens: int, splits: int) -> None:
+@pytest.mark.parametrize(("tokens", "blocks"), CUTS)
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_every_configuration_gives_the_same(gemm, tokens: int, blocks: int, splits: int) -> None:
     """Each weight equals the dequantized one, so only the order of float32 sums is left."""
     weight = weight_4bit(208, 1024)
     x = normal(300, 1024, dtype=torch.bfloat16)
-    y = run(gemm, weight, x, config=Config(tokens, splits))
+    y = run(gemm, weight, x, config=Config(tokens, splits, blocks))
     exact = exact_product(x, weight.dense(torch.bfloat16), None)
     error = (y.double() - exact).abs().max() / exact.abs().max()
     assert error < 2**-8
-    again = run(gemm, weight, x, config=Config(tokens, splits))
+    again = run(gemm, weight, x, config=Config(tokens, splits, blocks))
     assert torch.equal(y, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [Config(32, 1), Config(32, 3), Config(64, 4, 2), Config(32, 5)])
+def test_more_works_than_programs(gemm, config: Config) -> None:
+    """Whole works first, then cut ones by the same programs."""
+    weight = weight_4bit(400, 512)
+    x = normal(2001, 512, dtype=torch.bfloat16)
+    y = run(gemm, weight, x, config=config)
+    there = x.cuda()
+    exact = exact_product(x, weight.dense(torch.float32), None)
+    assert_no_worse(y, linear(there, weight.dense(x.dtype).cuda()).cpu(), exact)
+    assert torch.equal(y, run(gemm, weight, x, config=config))
+
+
+@pytest.mark.gpu
+def test_counters_are_left_as_they_were(gemm) -> None:
+    """Who comes last counts up and puts back: no launch may see what another one left."""
+    from onegpu.kernels.tickets import tickets_of
+
+    weight = weight_4bit(400, 1024)
+    for M in (40, 500):
+        run(gemm, weight, normal(M, 1024, dtype=torch.bfloat16), config=Config(64, 4))
+    torch.cuda.synchronize()
+    assert not tickets_of(torch.device("cuda", torch.cuda.current_device())).counters.any()
 
 
 @pytest.mark.gpu
@@ -180,13 +211,13 @@ def test_tails(gemm, N: int, gated: bool, activation: str | None, dtype: torch.d
             exact_product(x, weight.dense(torch.float32), bias), residual, activation, gated, torch.float64
         )
         plain = apply_tail(linear(x, weight.dense(dtype), bias).float(), residual, activation, gated, dtype)
-        for config in (Config(64), Config(96, 2)):
+        for config in (Config(64), Config(64, 3, 2), Config(96, 2)):
             y = run(gemm, weight, x, bias, residual=residual, activation=activation, gated=gated, config=config)
             assert_no_worse(y, plain, exact)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config(64), Config(64, 4)])
+@pytest.mark.parametrize("config", [Config(64), Config(64, 4), Config(64, 4, 2)])
 def test_captured(gemm, config: Config) -> None:
     device = torch.device("cuda")
     weight = weight_4bit(160, 1024).to(device)
@@ -232,7 +263,7 @@ def test_rows_of_int8(gemm, N: int, K: int, gated: bool, dtype: torch.dtype) -> 
         residual = normal(M, N // 2 if gated else N, seed=2, dtype=dtype)
         exact = apply_tail(exact_product(x, weight, bias), residual, activation, gated, torch.float64)
         plain = apply_tail(linear(x, weight.to(dtype), bias).float(), residual, activation, gated, dtype)
-        for config in (None, Config(64, 2), Config(160, 1)):
+        for config in (None, Config(64, 2), Config(32, 3, 2), Config(160, 1)):
             y = torch.full(exact.shape, float("nan"), dtype=dtype, device="cuda")
             there = [t.cuda() for t in (x, codes, stats, bias)]
             gemm.gemm_8bit(y, *there, residual=residual.cuda(), activation=activation, gated=gated, config=config)

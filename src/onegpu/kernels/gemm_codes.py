@@ -26,7 +26,6 @@ from onegpu.kernels.gemm_codes_config import (
     ROWS,
     Config,
     Shape,
-    blocks,
     configure,
     leaving,
     scales_sums,
@@ -34,11 +33,10 @@ from onegpu.kernels.gemm_codes_config import (
     stages,
 )
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of, processors
+from onegpu.kernels.tickets import tickets
 
-__all__ = ["MIN_ROWS", "gemm_4bit", "gemm_8bit", "source", "why_not_8bit", "why_not_gemm"]
+__all__ = ["gemm_4bit", "gemm_8bit", "source", "why_not_8bit", "why_not_gemm"]
 
-# From so many rows of x on it is quicker than `gemv_4bit` and `gemv_rows`.
-MIN_ROWS: Final = 17
 # Warpgroup products are in no other architecture, newer ones included.
 CAPABILITY: Final = (9, 0)
 ARCHITECTURE: Final = "sm_90a"
@@ -61,11 +59,22 @@ class Problem(ctypes.Structure):
     """One product: the struct of this name in the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("bias", "row_stats", "residual", "y")),
+        *((name, ctypes.c_void_p) for name in ("bias", "row_stats", "residual", "y", "parts", "tickets")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride")),
         *(
             (name, ctypes.c_int)
-            for name in ("M", "N", "K", "scale_shift", "splits", "tiles_each", "bias_kind", "vectors", "overlap")
+            for name in (
+                "M",
+                "N",
+                "K",
+                "scale_shift",
+                "whole",
+                "splits",
+                "tiles_each",
+                "bias_kind",
+                "vectors",
+                "overlap",
+            )
         ),
     )
 
@@ -97,6 +106,7 @@ class Kind:
         tokens: rows of x of one program.
         bits: of a code.
         groups: scales of a row in 64 columns, 2 for blocks of 32.
+        blocks: programs of a processor at a time.
     """
 
     tokens: int
@@ -105,11 +115,12 @@ class Kind:
     dtype: torch.dtype
     gated: bool
     activation: str | None
+    blocks: int = 1
 
     @property
     def shape(self) -> Shape:
         """What decides how much shared memory it takes."""
-        return Shape(self.tokens, self.bits, self.groups, self.gated)
+        return Shape(self.tokens, self.bits, self.groups, self.gated, self.blocks)
 
 
 def source(kind: Kind) -> nvrtc.Source:
@@ -119,7 +130,7 @@ def source(kind: Kind) -> nvrtc.Source:
         ("BITS", kind.bits),
         ("TOKENS", kind.tokens),
         ("STAGES", stages(kind.shape)),
-        ("BLOCKS", blocks(kind.tokens)),
+        ("BLOCKS", kind.blocks),
         ("GROUPS", kind.groups),
         ("SCALE_SUMS", int(scales_sums(kind.shape))),
         ("GATED", int(kind.gated)),
@@ -236,12 +247,12 @@ def gemm_4bit(
     N, K = 2 * y.shape[1] if gated else y.shape[1], rows.shape[1]
     groups = 2 if blocksize == 32 else 1
     config = configure(rows.shape[0], N, K, processors(rows.device)) if config is None else config
-    kind = Kind(config.tokens, 4, groups, rows.dtype, gated, activation)
+    kind = Kind(config.tokens, 4, groups, rows.dtype, gated, activation, config.blocks)
     if nested is not None:
         absmax = expand_scales(absmax, nested, N, K // blocksize)
         # Weights are read before the kernel in front has ended, and that one writes the scales.
         overlap = False
-    maps = map_tiles(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize)
+    maps = map_tiles(tiled.data_ptr(), absmax.data_ptr(), -(-N // TILE_ROWS), K, blocksize, copied_rows(kind))
     values = codebook(quant_type, rows.dtype, scales_sums(kind.shape))
     multiply(y, rows, maps, values, bias, residual, kind, config.splits, overlap=overlap, blocksize=blocksize)
 
@@ -271,8 +282,8 @@ def gemm_8bit(
     """
     N, K = codes.shape
     config = configure(rows.shape[0], N, K, processors(rows.device)) if config is None else config
-    kind = Kind(config.tokens, 8, 1, rows.dtype, gated, activation)
-    maps = (map_codes(codes), map_nothing())
+    kind = Kind(config.tokens, 8, 1, rows.dtype, gated, activation, config.blocks)
+    maps = (map_codes(codes, copied_rows(kind)), map_nothing())
     values = codebook("nf4", rows.dtype, of_sums=False)  # of no use here
     multiply(y, rows, maps, values, bias, residual, kind, config.splits, overlap=overlap, row_stats=row_stats)
 
@@ -298,14 +309,18 @@ def multiply(
     blocksize: int = 64,
     row_stats: Tensor | None = None,
 ) -> None:
-    """Launch the kernel of a kind, K cut into `splits` parts or fewer."""
+    """Launch the kernel of a kind, K of works that fill no whole round cut into `splits` parts or fewer."""
     M, K = rows.shape
     N = 2 * y.shape[1] if kind.gated else y.shape[1]
     device, width = rows.device, y.element_size()
     steps = -(-K // 64)
     tiles_each = -(-steps // splits)
     splits = -(-steps // tiles_each)
-    works = -(-N // ROWS) * -(-M // kind.tokens) * splits
+    works, room = -(-N // ROWS) * -(-M // kind.tokens), kind.blocks * processors(device)
+    whole = works if splits == 1 else works // room * room
+    cut = works - whole
+    counters = tickets(cut, device) if cut else None
+    parts = torch.empty(cut * splits * kind.tokens * ROWS, dtype=torch.float32, device=device) if cut else None
     strides = [tensor.stride(0) * width for tensor in (y, residual) if tensor is not None]
     starts = [tensor.data_ptr() for tensor in (y, residual) if tensor is not None]
     problem = Problem(
@@ -313,12 +328,15 @@ def multiply(
         row_stats=None if row_stats is None else row_stats.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
         y=y.data_ptr(),
+        parts=None if parts is None else parts.data_ptr(),
+        tickets=None if counters is None else counters.data_ptr(),
         residual_stride=0 if residual is None else residual.stride(0) * width,
         y_stride=y.stride(0) * width,
         M=M,
         N=N,
         K=64 * steps,
         scale_shift=max(0, (blocksize // 64).bit_length() - 1),
+        whole=whole,
         splits=splits,
         tiles_each=tiles_each,
         bias_kind=BIAS_KINDS[None if bias is None else bias.dtype],
@@ -328,10 +346,9 @@ def multiply(
     left = map_rows(y, leaving(kind.shape)) if problem.vectors else map_nothing()
     every = (map_rows(rows, kind.tokens), *maps, left)
     arguments = (*(address_of(each) for each in every), ctypes.addressof(problem), ctypes.addressof(values))
-    # Parts of K wait for each other, so all of them have a program; else programs take works in turn.
-    grid = works if splits > 1 else min(works, blocks(kind.tokens) * processors(device))
+    grid = min(whole + cut * splits, room)
     with on_device_of(rows):
-        nvrtc.launch(kernel(kind, device), grid, arguments, device, cluster=splits, overlap=overlap)
+        nvrtc.launch(kernel(kind, device), grid, arguments, device, overlap=overlap)
 
 
 @functools.cache
@@ -352,19 +369,24 @@ def map_rows(rows: Tensor, tokens: int) -> Any:
     return nvrtc.tensor_map(KINDS[rows.dtype], rows.data_ptr(), (K, M), (pitch,), (64, tokens), swizzle=128)
 
 
-def map_codes(codes: Tensor) -> Any:
-    """Boxes of 64 rows by 64 columns of int8."""
+def copied_rows(kind: Kind) -> int:
+    """Rows of W that are copied at a time: all of a work's, unless half of them lie apart."""
+    return ROWS // 2 if kind.gated else ROWS
+
+
+def map_codes(codes: Tensor, rows: int) -> Any:
+    """Boxes of `rows` rows by 64 columns of int8."""
     N, K = codes.shape
     pitch = codes.stride(0) if N > 1 else -(-K // 16) * 16
-    return nvrtc.tensor_map("UINT8", codes.data_ptr(), (K, N), (pitch,), (64, 64), swizzle=64)
+    return nvrtc.tensor_map("UINT8", codes.data_ptr(), (K, N), (pitch,), (64, rows), swizzle=64)
 
 
-def map_tiles(tiled: int, absmax: int, row_tiles: int, K: int, blocksize: int) -> tuple[Any, Any]:
-    """Boxes of four row tiles by one tile's codes, four lines of 128 bytes, and by its scales."""
-    columns, blocks = K // 64, K // blocksize
+def map_tiles(tiled: int, absmax: int, row_tiles: int, K: int, blocksize: int, rows: int) -> tuple[Any, Any]:
+    """Boxes of `rows` rows by one tile's codes, four lines of 128 bytes a row tile, and by its scales."""
+    columns, blocks, high = K // 64, K // blocksize, rows // TILE_ROWS
     codes = nvrtc.tensor_map(
-        "UINT8", tiled, (128, 4 * columns, row_tiles), (128, 512 * columns), (128, 4, 4), swizzle=128
+        "UINT8", tiled, (128, 4 * columns, row_tiles), (128, 512 * columns), (128, 4, high), swizzle=128
     )
     groups = 2 if blocksize == 32 else 1
-    scales = nvrtc.tensor_map("FLOAT32", absmax, (16, blocks, row_tiles), (64, 64 * blocks), (16, groups, 4), swizzle=0)
-    return codes, scales
+    sizes, strides = (16, blocks, row_tiles), (64, 64 * blocks)
+    return codes, nvrtc.tensor_map("FLOAT32", absmax, sizes, strides, (16, groups, high), swizzle=0)

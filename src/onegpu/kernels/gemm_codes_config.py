@@ -11,8 +11,8 @@ __all__ = [
     "TOKENS",
     "Config",
     "Shape",
-    "blocks",
     "configure",
+    "least_rows",
     "leaving",
     "scales_sums",
     "shared_bytes",
@@ -25,13 +25,16 @@ TABLE: Final = 32768
 PITCH: Final = 128
 BUFFERS: Final = 3
 HANDED: Final = 8192
-MOST_STAGES: Final = 8
+LAST: Final = 16
+MOST_STAGES: Final = 12
 TOKENS: Final = (32, 64, 96, 128, 160, 192, 224, 256)
 SPLITS: Final = (1, 2, 3, 4, 6, 8)
+# Of so many tokens at most, two programs have registers enough.
+PAIRED: Final = 64
 ROWS: Final = 128
-# Clocks, fitted to 230 measured configurations of Llama-3.1-8B's four shapes at 32 to 4096 rows: what all begin with;
-# what a program's work begins and ends with, and adding up parts of K; a tile of 64 columns, alone on a processor.
-START: Final = 2200
+# Clocks, fitted to 430 measured configurations of Llama-3.1-8B's four shapes at 8 to 4096 rows: what all begin
+# with; what a work begins and ends with, and adding up parts of K; a tile of 64 columns, alone on a processor.
+START: Final = 3330
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +49,23 @@ class Clocks:
 
 
 # By programs of a processor at a time. Two of them take turns at what one alone leaves idle.
-CLOCKS: Final = {1: Clocks(5100, 160, 4.25, 4300, 25), 2: Clocks(5700, 208, 6.3, 3400, 33)}
-SHARED_TILE: Final = 1.46
+CLOCKS: Final = {1: Clocks(1440, 238, 3.92, 3660, 11.8), 2: Clocks(1580, 230, 5.98, 2280, 21.1)}
+SHARED_TILE: Final = 1.62
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How many rows of x a program takes, and into how many parts K is cut."""
+    """How a product is cut.
+
+    Attributes:
+        tokens: rows of x of a work.
+        splits: parts of K, of works that fill no whole round of programs.
+        blocks: programs of a processor at a time: 2 hide each other's waits, 1 has more tiles on their way.
+    """
 
     tokens: int
     splits: int = 1
+    blocks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +77,27 @@ class Shape:
         bits: of a code.
         groups: scales of a row in 64 columns.
         gated: half of W's rows gate the others.
+        blocks: programs of a processor at a time.
     """
 
     tokens: int
     bits: int = 4
     groups: int = 1
     gated: bool = False
+    blocks: int = 1
+
+
+def least_rows(N: int, K: int, bits: int, *, nested: bool = False) -> int:
+    """From so many rows of x on the kernel is quicker for W [N, K] than `gemv_4bit` and `gemv_rows`."""
+    # Measured at Llama-3.1-8B's shapes: 16 rows of x are quicker here where W is large, int8 where it is deep. Nested
+    # scales cost a kernel more.
+    early = K >= 2 * N if bits == 8 else N * K >= 2**25 and not nested
+    return 9 if early else 17
 
 
 def stage_bytes(shape: Shape) -> int:
     """Shared memory of one tile of 64 columns: x, codes and scales, and two barriers."""
     return shape.tokens * 128 + ROWS * 8 * shape.bits + (512 * shape.groups if shape.bits == 4 else 0) + 16
-
-
-def blocks(tokens: int) -> int:
-    """Programs of a processor at a time."""
-    return 2 if tokens <= 64 else 1
 
 
 def scales_sums(shape: Shape) -> bool:
@@ -92,14 +107,14 @@ def scales_sums(shape: Shape) -> bool:
 
 def stages(shape: Shape) -> int:
     """Tiles on their way at a time."""
-    shared = (MAX_SHARED - 1024) // 2 if blocks(shape.tokens) == 2 else MAX_SHARED
+    shared = (MAX_SHARED - 1024) // 2 if shape.blocks == 2 else MAX_SHARED
     return min(MOST_STAGES, (shared - fixed_bytes(shape)) // stage_bytes(shape))
 
 
 def fixed_bytes(shape: Shape) -> int:
-    """Shared memory beside the stages: table, results on their way out."""
+    """Shared memory beside the stages: table, results on their way out, who comes last."""
     table = TABLE if shape.bits == 4 else 0
-    return table + 2 * BUFFERS * leaving(shape) * PITCH + (HANDED if shape.gated else 0)
+    return table + 2 * BUFFERS * leaving(shape) * PITCH + (HANDED if shape.gated else 0) + LAST
 
 
 def leaving(shape: Shape) -> int:
@@ -116,9 +131,11 @@ def shared_bytes(shape: Shape) -> int:
 def configure(M: int, N: int, K: int, processors: int) -> Config:
     """The configuration for M rows of x and a weight [N, K]."""
     choices = [
-        Config(tokens, splits)
+        Config(tokens, splits, blocks)
         for tokens in TOKENS
         if tokens < 2 * M or tokens == TOKENS[0]
+        for blocks in (1, 2)
+        if blocks == 1 or tokens <= PAIRED
         for splits in SPLITS
         if splits == 1 or 256 * splits <= K
     ]
@@ -127,20 +144,17 @@ def configure(M: int, N: int, K: int, processors: int) -> Config:
 
 def clocks(config: Config, M: int, N: int, K: int, processors: int) -> float:
     """What a configuration is expected to take."""
-    together = blocks(config.tokens)
-    kind = CLOCKS[together]
-    works = ceil_div(M, config.tokens) * ceil_div(N, ROWS) * config.splits
-    room = together * in_clusters(processors, config.splits)
+    kind, room = CLOCKS[config.blocks], config.blocks * processors
+    rounds, rest = divmod(ceil_div(M, config.tokens) * ceil_div(N, ROWS), room)
     tile = kind.tile + kind.tile_token * config.tokens
-    if together == 2 and min(works, room) > processors:
-        tile *= SHARED_TILE
-    meet = kind.meet + kind.meet_token * config.tokens if config.splits > 1 else 0
-    return START + ceil_div(works, room) * (ceil_div(K // 64, config.splits) * tile + kind.work + meet)
-
-
-def in_clusters(processors: int, size: int) -> int:
-    """Processors that clusters of a size can fill: they lie within groups of about 16 processors each."""
-    return processors if size <= 2 else processors * 120 // 132 if size <= 6 else processors * 112 // 132
+    shared = tile * SHARED_TILE if config.blocks == 2 else tile
+    total = START + rounds * (K // 64 * shared + kind.work)
+    if rest:
+        parts = rest * config.splits
+        meet = kind.meet + kind.meet_token * config.tokens * config.splits if config.splits > 1 else 0
+        each = ceil_div(K // 64, config.splits) * (shared if min(parts, room) > processors else tile)
+        total += ceil_div(parts, room) * (each + kind.work + meet)
+    return total
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from onegpu.formats.rowwise import INVERSE_127
 from onegpu.kernels import gemv_rows
-from onegpu.kernels.gemm_codes import MIN_ROWS, gemm_8bit, why_not_8bit, why_not_gemm
+from onegpu.kernels.gemm_codes import gemm_8bit, why_not_8bit, why_not_gemm
+from onegpu.kernels.gemm_codes_config import least_rows
 from onegpu.kernels.gemv_16bit import few_rows, in_rows, on_16_bytes
 from onegpu.kernels.tail import out_features
 from onegpu.kernels.tail_device import float32_product, tail_of
@@ -72,7 +73,11 @@ def linear_8bit_rows(
 
 def takes_gemm(rows: Tensor, codes: Tensor) -> bool:
     """Whether `gemm_8bit` runs, and is quicker than what else there is."""
-    return rows.shape[0] >= MIN_ROWS and why_not_gemm(rows.device, rows.dtype) is None and why_not_8bit(codes) is None
+    return (
+        rows.shape[0] >= least_rows(codes.shape[0], codes.shape[1], 8)
+        and why_not_gemm(rows.device, rows.dtype) is None
+        and why_not_8bit(codes) is None
+    )
 
 
 def _product(rows: Tensor, codes: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from onegpu.formats.tiling import TILE_COLUMNS, TILE_ROWS
 from onegpu.kernels import tail
-from onegpu.kernels.gemm_codes import MIN_ROWS, gemm_4bit, why_not_gemm
+from onegpu.kernels.gemm_codes import gemm_4bit, why_not_gemm
+from onegpu.kernels.gemm_codes_config import least_rows
 from onegpu.kernels.gemv_4bit import gemv_4bit, why_not_gemv
 from onegpu.kernels.gemv_4bit_config import MAX_ROWS
 from onegpu.kernels.gemv_16bit import on_16_bytes
@@ -114,11 +115,12 @@ def linear_4bit_tiled(
     if nested_absmax is not None and nested_code is not None and nested_offset is not None:
         nested = (nested_absmax.contiguous(), nested_code.contiguous(), nested_offset.contiguous())
     added = None if residual is None else residual.detach().reshape(M, width)
-    if M == 0 or way_of(M, x.device, x.dtype) is dequantize_and_multiply:
+    way = way_of(M, least_rows(N, K, 4, nested=nested is not None), x.device, x.dtype)
+    if M == 0 or way is dequantize_and_multiply:
         y = dequantize_and_multiply(rows, tiled, absmax, bias, N, quant_type, blocksize, nested)
         y = _followed(y, added, activation, gated)
         return y.view(*x.shape[:-1], width)
-    way, at_once = (gemm_4bit, M) if way_of(M, x.device, x.dtype) is gemm_4bit else (gemv_4bit, MAX_ROWS)
+    at_once = M if way is gemm_4bit else MAX_ROWS
     y = torch.empty(M, width, dtype=x.dtype, device=x.device)
     rows = on_16_bytes(rows)
     added = None if added is None else added.contiguous()
@@ -139,11 +141,11 @@ def linear_4bit_tiled(
     return y.view(*x.shape[:-1], width)
 
 
-def way_of(M: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function that multiplies M rows, one or more."""
+def way_of(M: int, least: int, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function that multiplies M rows, one or more; `gemm_4bit` from `least` on, where it runs."""
     if device.type != "cuda":
         return dequantize_and_multiply
-    if M >= MIN_ROWS and why_not_gemm(device, dtype) is None:
+    if least <= M and why_not_gemm(device, dtype) is None:
         return gemm_4bit
     if M <= SPLIT_ROWS and why_not_gemv(device, dtype) is None:
         return gemv_4bit

@@ -202,7 +202,6 @@ def launch(
     arguments: Sequence[int],
     device: torch.device,
     *,
-    cluster: int = 1,
     overlap: bool = False,
 ) -> None:
     """Start a kernel on the device's current stream, which must be the current device's.
@@ -210,7 +209,6 @@ def launch(
     Args:
         grid: how many programs.
         arguments: addresses of the kernel's parameters, which are copied from there.
-        cluster: how many programs in a row see each other's shared memory; divides `grid`.
         overlap: it may begin before the kernel in front has ended (programmatic dependent launch).
 
     Raises:
@@ -229,11 +227,6 @@ def launch(
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        attributes.append(attribute)
-    if cluster > 1:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
         attributes.append(attribute)
     config.attrs, config.numAttrs = attributes, len(attributes)
     pointers = (ctypes.c_void_p * len(arguments))(*arguments)

@@ -5,7 +5,7 @@
 //   BITS       of a code: 4 or 8
 //   TOKENS     rows of x of one program: 32, 64, 96, ... 256
 //   STAGES     tiles of x and W on their way
-//   BLOCKS     programs of a processor at a time: 2 hide each other's waits where registers allow it, else 1
+//   BLOCKS     programs of a processor at a time: 2 hide each other's waits, 1 has room for more stages
 //   GROUPS     scales of a row in 64 columns: 2 for blocks of 32, else 1
 //   SCALE_SUMS 4 bits, 1: scales multiply sums of 64 columns, 0: they multiply weights
 //   GATED      the first half of W's rows gates the second
@@ -13,9 +13,10 @@
 //   BFLOAT     1 for bfloat16, 0 for float16
 //   PRODUCT    the PTX of one wgmma, SUMS its sums as operands: they grow with TOKENS
 //
-// A program owns 128 rows of W and TOKENS rows of x, or a part of K of them; the programs of such parts are a cluster and
-// add up in each other's shared memory. Rows of W are the left operand, which wgmma takes from registers. One warpgroup
-// copies; two decode and multiply 64 rows each, the next tile's bytes decoded while the tensor cores work on this one's.
+// A work is 128 rows of W and TOKENS rows of x. Programs take works in turn; those that would leave processors idle in the
+// end are cut along K, and the program that ends last adds up their parts. Rows of W are the left operand, which wgmma
+// takes from registers. One warp copies W and one copies x; two warpgroups decode and multiply 64 rows each, the next
+// tile's bytes decoded while the tensor cores work on this one's.
 // A byte is looked up as a pair in shared memory, in 32 copies so that no two lanes meet in a bank:
 //
 //   SCALE_SUMS 1   two 16-bit values, which are operands as they are: the codebook times a constant, as gemv_4bit has it
@@ -35,7 +36,7 @@ typedef unsigned long long u64;
 #define THREADS (WARPGROUP * (CONSUMERS + 1))
 #define ROWS 64
 // Registers of a copying and of a multiplying thread.
-#define FEW (BLOCKS == 2 ? 24 : 40)
+#define FEW (BLOCKS == 2 ? 32 : 40)
 #define MANY (BLOCKS == 2 ? 104 : 232)
 // Where registers are few, a tile is decoded only after the one before it was multiplied: other warpgroups work then.
 #define DECODE_AHEAD (BLOCKS == 1 || TOKENS <= 32)
@@ -72,10 +73,13 @@ struct Problem {
     const float *row_stats; // 8 bits: [N], 127 times what a row's codes are multiplied by
     const char *residual;   // [M, out], rows `residual_stride` bytes apart
     char *y;                // [M, out], rows `y_stride` bytes apart
+    float4 *parts;          // [cut works, splits, TOKENS / 8, 256], sums
+    int *tickets;           // [cut works], all 0 before and after
     long long residual_stride, y_stride;
     int M, N, K;
     int scale_shift;        // log2(tiles of one scale)
-    int splits, tiles_each; // parts of K, and tiles of each
+    int whole;              // works that are not cut; the others are, into
+    int splits, tiles_each; // parts of so many tiles
     int bias_kind;          // 0 none, 1 float32, 2 bfloat16, 3 float16
     int vectors;            // rows of y and residual lie on 16 bytes
     int overlap;            // wait for the kernel in front before reading x
@@ -131,10 +135,6 @@ template <int count> __device__ __forceinline__ void wait_stores() {
 
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void wait_for_kernel_in_front(const Problem &p) {
@@ -310,64 +310,66 @@ __device__ __forceinline__ float activate(float v) {
 #endif
 }
 
-// Where a program's tile lies. Programs side by side share rows of W, which are read from memory once for TOKEN_BLOCKS.
+// Where a work, or a part of it, lies. Works side by side share rows of W, which are read from memory once for TOKEN_BLOCKS.
 struct Place {
-    int first_token, first_row, first_tile, tiles, split;
-    __device__ __forceinline__ Place(const Problem &p, int work, int token_blocks) {
-        int row_blocks = ((GATED ? p.N / 2 : p.N) + WIDTH - 1) / WIDTH;
-        int each = TOKEN_BLOCKS * p.splits * row_blocks, group = work / each;
+    int first_token, first_row, first_tile, tiles, cut, split;
+    __device__ __forceinline__ Place(const Problem &p, int index, int token_blocks) {
+        bool is_whole = index < p.whole;
+        cut = is_whole ? -1 : (index - p.whole) / p.splits;
+        split = is_whole ? 0 : index - p.whole - cut * p.splits;
+        first_tile = split * p.tiles_each;
+        tiles = is_whole ? p.K / 64 : min(p.tiles_each, p.K / 64 - first_tile);
+        int work = is_whole ? index : p.whole + cut;
+        int each = TOKEN_BLOCKS * row_blocks(p), group = work / each;
         int first_block = group * TOKEN_BLOCKS, here = min(TOKEN_BLOCKS, token_blocks - first_block);
         int rest = work - group * each;
-        split = rest % p.splits;
-        rest /= p.splits;
         first_token = (first_block + rest % here) * TOKENS;
         first_row = rest / here * WIDTH;
-        first_tile = split * p.tiles_each;
-        tiles = min(p.tiles_each, p.K / 64 - first_tile);
+    }
+    static __device__ __forceinline__ int row_blocks(const Problem &p) {
+        return ((GATED ? p.N / 2 : p.N) + WIDTH - 1) / WIDTH;
+    }
+    // Works that are whole, and parts of the others.
+    static __device__ __forceinline__ int count(const Problem &p, int token_blocks) {
+        return p.whole + (token_blocks * row_blocks(p) - p.whole) * p.splits;
     }
 };
 
 struct Shared {
-    u32 x, codes, scales, full, empty;
+    u32 x, codes, scales, full, empty, last;
 };
 
-__device__ __forceinline__ void copy_tiles(const Problem &p, const Map *x, const Map *codes, const Map *scales,
-                                           const Shared &shared, int works, int token_blocks) {
-    int stage = 0, parity = 1, ahead = 0;
+// Calls copy(stage, column of tiles, place) for all tiles of this program's works, each when its stage is free.
+template <class Copy>
+__device__ __forceinline__ void copy_tiles(const Problem &p, u32 empty, int works, int token_blocks, Copy copy) {
+    int stage = 0, parity = 1;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
-        int first = at.first_row, second = at.first_row + (GATED ? p.N / 2 : ROWS);
-        auto copy_weights = [&](int stage, int column) {
-            u32 done = shared.full + stage * 8;
-            u32 code_stage = shared.codes + stage * CODE_BYTES, scale_stage = shared.scales + stage * SCALE_BYTES;
-            expect(done, X_BYTES + CODE_BYTES + SCALE_BYTES);
-#if BITS == 4
-            int block = GROUPS == 2 ? 2 * column : column >> p.scale_shift;
-            copy_3d(code_stage, codes, 4 * column, first / 16, done);
-            copy_3d(code_stage + CODE_BYTES / 2, codes, 4 * column, second / 16, done);
-            copy_3d(scale_stage, scales, block, first / 16, done);
-            copy_3d(scale_stage + SCALE_BYTES / 2, scales, block, second / 16, done);
-#else
-            copy_2d(code_stage, codes, 64 * column, first, done);
-            copy_2d(code_stage + CODE_BYTES / 2, codes, 64 * column, second, done);
-#endif
-        };
-        if (work == blockIdx.x) {
-            // Weights were there before the kernel in front; x may be what it writes.
-            for (; ahead < min(STAGES, at.tiles); ++ahead) copy_weights(ahead, at.first_tile + ahead);
-            wait_for_kernel_in_front(p);
-        }
+#pragma unroll 1
         for (int k = 0; k < at.tiles; ++k) {
-            int column = at.first_tile + k;
-            if (ahead)
-                --ahead;
-            else {
-                wait_barrier(shared.empty + stage * 8, parity);
-                copy_weights(stage, column);
-            }
-            copy_2d(shared.x + stage * X_BYTES, x, 64 * column, at.first_token, shared.full + stage * 8);
+            wait_barrier(empty + stage * 8, parity);
+            copy(stage, at.first_tile + k, at);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
+    }
+}
+
+// One tile of W. Where half of its rows gate the others, the halves lie apart.
+__device__ __forceinline__ void copy_weights(const Problem &p, const Map *codes, const Map *scales, const Shared &shared,
+                                             int stage, int column, int first) {
+    u32 done = shared.full + stage * 8, to = shared.codes + stage * CODE_BYTES;
+    expect(done, CODE_BYTES + SCALE_BYTES);
+#pragma unroll
+    for (int half = 0; half <= GATED; ++half) {
+        int row = first + half * (p.N / 2);
+#if BITS == 4
+        u32 scale_to = shared.scales + stage * SCALE_BYTES;
+        int block = GROUPS == 2 ? 2 * column : column >> p.scale_shift;
+        copy_3d(to + half * (CODE_BYTES / 2), codes, 4 * column, row / 16, done);
+        copy_3d(scale_to + half * (SCALE_BYTES / 2), scales, block, row / 16, done);
+#else
+        copy_2d(to + half * (CODE_BYTES / 2), codes, 64 * column, row, done);
+#endif
     }
 }
 
@@ -491,66 +493,46 @@ __device__ __forceinline__ void finish(const Problem &p, const Map *y, const Pla
     }
 }
 
-// The same for parts of K: each program of the cluster adds up some tokens, in the order of the parts.
-__device__ __forceinline__ void finish_parts(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], float4 *sums,
-                                             char *staging) {
-    const int threads = CONSUMERS * WARPGROUP;
-    int thread = threadIdx.x - WARPGROUP, consumer = thread / WARPGROUP, lane = thread % WARPGROUP;
-    int out = GATED ? p.N / 2 : p.N, row = at.first_row + (GATED ? 0 : consumer * ROWS);
-    int bias_row = at.first_row + (GATED ? 0 : consumer * ROWS) + lane / 32 * 16 + lane % 32 / 4;
-    // The tiles of x and W that lay here are used up, by both warpgroups.
+// Leaves the sums of a part of K to the program that ends last, and there adds up all parts in their order: whether so.
+__device__ __forceinline__ bool collect(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], u32 last) {
+    const int threads = CONSUMERS * WARPGROUP, quads = TOKENS / 8, together = BLOCKS == 2 ? 4 : TOKENS > 224 ? 8 : 16;
+    int thread = threadIdx.x - WARPGROUP, ended;
+    float4 *parts = p.parts + (long long)at.cut * p.splits * quads * threads + thread;
+    float4 *mine = parts + at.split * quads * threads;
+#pragma unroll
+    for (int i = 0; i < quads; ++i)
+        __stcg(mine + i * threads, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
     sync_threads(1, threads);
-#pragma unroll
-    for (int i = 0; i < TOKENS / 8; ++i)
-        sums[i * threads + thread] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-    sync_cluster();
-    for (int pair = at.split; pair < TOKENS / 16; pair += p.splits) {
-        int token = at.first_token + pair * 16;
-        // Gates and what they multiply are both at hand: the warpgroups take turns.
-        if (token >= p.M || (GATED && pair / p.splits % 2 != consumer)) continue;
-        float v[1 + GATED][8];
-#pragma unroll
-        for (int half = 0; half < 1 + GATED; ++half) {
-            u32 here = shared_address(sums + 2 * pair * threads + (GATED ? half * WARPGROUP + lane : thread));
-#pragma unroll
-            for (int i = 0; i < 8; ++i) v[half][i] = 0.f;
-            // Four parts on their way at a time.
-            for (int first = 0; first < p.splits; first += 4) {
-                float4 f[4][2];
-#pragma unroll
-                for (int part = 0; part < 4; ++part) {
-                    u32 there;
-                    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(min(first + part, p.splits - 1)));
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                                     : "=f"(f[part][i].x), "=f"(f[part][i].y), "=f"(f[part][i].z), "=f"(f[part][i].w)
-                                     : "r"(there + i * threads * 16));
-                }
-#pragma unroll
-                for (int part = 0; part < 4; ++part)
-                    if (first + part < p.splits)
-#pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            v[half][4 * i] += f[part][i].x, v[half][4 * i + 1] += f[part][i].y;
-                            v[half][4 * i + 2] += f[part][i].z, v[half][4 * i + 3] += f[part][i].w;
-                        }
-            }
-        }
-#pragma unroll
-        for (int half = 0; half < 1 + GATED; ++half) {
-            int n = bias_row + half * (p.N / 2);
-            float bias[2] = {load_bias(p, n), load_bias(p, n + 8)}, scale[2] = {load_scale(p, n), load_scale(p, n + 8)};
-#pragma unroll
-            for (int i = 0; i < 8; ++i) v[half][i] = __fmaf_rn(v[half][i], scale[i / 2 % 2], bias[i / 2 % 2]);
-        }
-        float result[1][8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) result[0][i] = activate(v[0][i]) * (GATED ? v[GATED][i] : 1.f);
-        leave<1>(p, nullptr, result, token, row, out, staging + BUFFERS * consumer * BUFFER_BYTES, consumer, true);
+    if (thread == 0) {
+        // Releases what all threads wrote before the barrier, and acquires what the other programs released.
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(ended) : "l"(p.tickets + at.cut) : "memory");
+        if (ended == p.splits - 1) p.tickets[at.cut] = 0;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(last), "r"(ended) : "memory");
     }
-    // Shared memory stays until everybody has read it.
-    sync_cluster();
+    sync_threads(1, threads);
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(ended) : "r"(last) : "memory");
+    if (ended != p.splits - 1) return false;
+    // Of two parts the order does not matter, and this one's sums are at hand.
+    int begin = p.splits == 2 ? 1 - at.split : 0, end = p.splits == 2 ? begin + 1 : p.splits;
+    if (p.splits != 2)
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
+#pragma unroll
+    for (int first = 0; first < quads; first += together)
+        for (int part = begin; part < end; ++part) {
+            const float4 *from = parts + (part * quads + first) * threads;
+            float4 f[together];
+#pragma unroll
+            for (int i = 0; i < together; ++i)
+                if (first + i < quads) f[i] = __ldcg(from + i * threads);
+#pragma unroll
+            for (int i = 0; i < together; ++i)
+                if (first + i < quads) {
+                    float *s = sum + 4 * (first + i);
+                    s[0] += f[i].x, s[1] += f[i].y, s[2] += f[i].z, s[3] += f[i].w;
+                }
+        }
+    return true;
 }
 
 struct Multiplier {
@@ -612,9 +594,10 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const _
     shared.scales = shared_address(table) + TABLE_BYTES;
     shared.full = shared_address(handed) + HANDED_BYTES;
     shared.empty = shared.full + STAGES * 8;
+    shared.last = shared.empty + STAGES * 8;
 
     int token_blocks = (p.M + TOKENS - 1) / TOKENS;
-    int works = token_blocks * (((GATED ? p.N / 2 : p.N) + WIDTH - 1) / WIDTH) * p.splits;
+    int works = Place::count(p, token_blocks);
 
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
@@ -622,7 +605,7 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const _
         if (BITS == 4) prefetch(&absmax);
         if (p.vectors) prefetch(&y);
         for (int i = 0; i < STAGES; ++i) {
-            init_barrier(shared.full + i * 8, 1);
+            init_barrier(shared.full + i * 8, 2);
             init_barrier(shared.empty + i * 8, CONSUMERS * 4);
         }
         // The copies arrive there from outside of what threads see.
@@ -632,17 +615,29 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const _
 
     if (threadIdx.x < WARPGROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
-        if (threadIdx.x == 0) copy_tiles(p, &x, &w, &absmax, shared, works, token_blocks);
+        if (threadIdx.x == 0)
+            // Weights were there before the kernel in front; x may be what it writes.
+            copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int column, const Place &at) {
+                copy_weights(p, &w, &absmax, shared, stage, column, at.first_row);
+            });
+        if (threadIdx.x == 32) {
+            wait_for_kernel_in_front(p);
+            copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int column, const Place &at) {
+                u32 done = shared.full + stage * 8;
+                expect(done, X_BYTES);
+                copy_2d(shared.x + stage * X_BYTES, &x, 64 * column, at.first_token, done);
+            });
+        }
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     int consumer = threadIdx.x / WARPGROUP - 1;
 #if BITS == 4
-    // Eight threads write the 32 copies of an entry.
-    for (int i = threadIdx.x - WARPGROUP; i < 256 * 8; i += CONSUMERS * WARPGROUP) {
-        u32 both = entry(codebook, i / 8);
-        *(uint4 *)(table + i * 16) = make_uint4(both, both, both, both);
-    }
+    // The 32 copies of an entry, lanes side by side in other banks.
+    int byte = threadIdx.x - WARPGROUP;
+    u32 both = entry(codebook, byte);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) *(uint4 *)(table + byte * 128 + (byte + i & 7) * 16) = make_uint4(both, both, both, both);
     sync_threads(1, CONSUMERS * WARPGROUP);
 #endif
     wait_for_kernel_in_front(p);
@@ -666,10 +661,7 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const _
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) sum[i] *= codebook.inverse;
 #endif
-        if (p.splits == 1)
-            finish(p, &y, at, sum, staging, handed);
-        else
-            finish_parts(p, at, sum, (float4 *)base, staging);
+        if (at.cut < 0 || collect(p, at, sum, shared.last)) finish(p, &y, at, sum, staging, handed);
     }
     // Shared memory stays until the stores have read it.
     if (threadIdx.x % WARPGROUP == 0) wait_stores<0>();
