@@ -2,13 +2,14 @@
 #
 #   make demo          a question answered by a 4-bit model on this machine
 #   make test          the whole test suite; what needs a GPU steps aside where there is none
-#   make test-oldest   the same suite with the oldest Transformers that is supported; kernels compiled by the oldest Triton
+#   make test-oldest   what touches Transformers, with the oldest that is supported; kernels compiled by the oldest Triton
 #   make test-gpu      only what needs a GPU
 #   make check         lint, format, types, layers
 #   make docs          the documentation site, warnings as errors, in site/
 #   make clean         remove what was built; `make distclean` the environments too
 #
 #   PY=python3.12      the Python to build .venv with        ARGS="-k nf4"   more for pytest or the demo
+#   WORKERS=4          so many files of tests at a time, 2 GiB each; without it 2, or 1 with a GPU or NO_VENV
 #   TORCH=torch==2.11.0                                      OLDEST=transformers==5.18.0
 #   NO_VENV=1 PY=python3   set nothing up: run with that Python's own packages and this source tree
 
@@ -19,6 +20,17 @@ OLDEST ?= transformers==5.17.0
 OLDEST_TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.6.0)
 PROGRAMS := "ahead_of_time.py 90" "decode_attention_programs.py 90" "gemv_rows_programs.py 90" "gemv_4bit_programs.py compile 90"
 ARGS ?=
+# Kernels and formats know nothing of Transformers: in a second run their tests would show the same again. Of those
+# that name it all the same the run takes two; tests/test_makefile.py holds that there are no others, and that
+# whatever is not left out here is run.
+TOUCHING := $(filter-out tests/formats/ tests/kernels/,$(sort $(dir $(wildcard tests/*/test_*.py)))) \
+	$(wildcard tests/test_*.py) tests/kernels/test_first_use.py \
+	tests/kernels/test_decode_ops.py::test_meaning_is_that_of_transformers
+# Real weights through the fast path: once over 64 prompts, and in each run through the demo.
+ONCE := tests/decoder/test_generate.py::test_smollm2_over_64_prompts
+WORKERS ?= $(if $(NO_VENV)$(shell command -v nvidia-smi),1,2)
+# A worker takes a file at a time, in order, so that what a file makes for its tests is made once.
+PYTEST := -m pytest $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 # The CPU build of torch leaves Triton out, and the kernels' source is read by tests without a GPU too.
 TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton)
@@ -44,16 +56,16 @@ demo: $(BASE)
 	@$(RUN) -m onegpu.cli demo $(ARGS)
 
 test: $(DEV)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) $(PYTEST) $(ARGS)
 
 test-oldest: $(OLD)
 	@if [ -n "$(NO_VENV)" ]; then echo "error: test-oldest lays $(OLDEST) over .venv: run it without NO_VENV" >&2; exit 2; fi
 	@.venv-oldest/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	.venv-oldest/bin/python -m pytest $(ARGS)
-	@[ ! -d .venv-oldest/triton ] || for program in $(PROGRAMS); do \
-		echo "$(OLDEST_TRITON): $$program"; \
-		PYTHONPATH=.venv-oldest/triton:src:tests .venv/bin/python tests/kernels/$$program >.venv-oldest/compiled.jsonl || exit 1; \
-		! grep '"error"' .venv-oldest/compiled.jsonl || exit 1; done
+	.venv-oldest/bin/python $(PYTEST) $(TOUCHING) --deselect $(ONCE) $(ARGS)
+	@[ ! -d .venv-oldest/triton ] || { echo "$(OLDEST_TRITON) compiles"; printf '%s\n' $(PROGRAMS) | \
+		xargs -P $(WORKERS) -I{} sh -c 'program="{}"; found=.venv-oldest/$${program%%.*}.jsonl; \
+		PYTHONPATH=.venv-oldest/triton:src:tests .venv/bin/python tests/kernels/$$program >$$found && \
+		! grep "\"error\"" $$found && echo "$$program: $$(wc -l <$$found) compiled"'; }
 
 test-gpu: $(DEV)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: no CUDA device for torch %s; `make test` runs what needs none" % torch.__version__)'

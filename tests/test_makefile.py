@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from test_layers import OWNERS
+
 ROOT = Path(__file__).parents[1]
+# Files beside this one that tests import; some make models.
+BESIDE = {path.stem for path in Path(__file__).parent.glob("*.py")}
 TARGETS = ("demo", "test", "test-oldest", "test-gpu", "check", "docs", "clean")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -34,7 +39,18 @@ def plan(checkout: Path, *arguments: str) -> str:
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run make as a user would, even where make runs the tests."""
-    inherited = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", "PY", "TORCH", "OLDEST", "NO_VENV")
+    inherited = (
+        "MAKEFLAGS",
+        "MFLAGS",
+        "MAKELEVEL",
+        "MAKEOVERRIDES",
+        "ARGS",
+        "PY",
+        "TORCH",
+        "OLDEST",
+        "NO_VENV",
+        "WORKERS",
+    )
     env = {key: value for key, value in os.environ.items() if key not in inherited}
     return subprocess.run(
         ["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=120, env=env, check=False
@@ -57,7 +73,8 @@ def test_a_set_up_checkout_starts_at_once(checkout: Path) -> None:
     for stamp in (".base", ".dev"):
         (checkout / ".venv" / stamp).touch()
     assert plan(checkout, "demo").splitlines() == [".venv/bin/python -m onegpu.cli demo "]
-    assert plan(checkout, "test").splitlines() == [".venv/bin/python -m pytest "]
+    assert plan(checkout, "test", "WORKERS=1").splitlines() == [".venv/bin/python -m pytest  "]
+    assert plan(checkout, "test", "WORKERS=3").startswith(".venv/bin/python -m pytest -n 3 --dist loadfile ")
 
 
 def test_nothing_is_installed_with_no_venv(checkout: Path) -> None:
@@ -80,6 +97,57 @@ def test_the_oldest_transformers_is_the_one_pyproject_promises() -> None:
     assert oldest is not None
     assert promised is not None
     assert oldest[1] == promised[1]
+
+
+def taken_by_the_second_run() -> list[str]:
+    """Folders, files and single tests that `make test-oldest` names."""
+    (line,) = [line for line in plan(ROOT, "test-oldest").splitlines() if ".venv-oldest/bin/python -m pytest" in line]
+    return [word for word in line.partition("--deselect")[0].split() if word.startswith("tests/")]
+
+
+def modules_named(tree: ast.AST) -> set[str]:
+    """What a test file imports, or would skip without."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and "importorskip" in ast.unparse(node.func):
+            found.add(str(ast.literal_eval(node.args[0])))
+    return found
+
+
+def test_the_second_run_leaves_out_only_what_knows_nothing_of_transformers() -> None:
+    """A folder that is new is run. What is left out imports kernels, formats, and what these stand on."""
+    taken = taken_by_the_second_run()
+    assert all((ROOT / word.partition("::")[0]).exists() for word in taken)
+    folders = tuple(word for word in taken if "::" not in word)
+    left = [
+        path
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if path.parent != ROOT / "tests" and not path.relative_to(ROOT).as_posix().startswith(folders)
+    ]
+    assert {path.parent.name for path in left} == {"formats", "kernels"}
+    below = {"errors", "config", "formats", "kernels"}
+    assert not below & OWNERS["transformers"]
+    for path in left:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        alone = {word.partition("::")[2] for word in taken if word.startswith(f"{path.relative_to(ROOT)}::")}
+        assert alone <= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name in alone)]
+        for name in modules_named(tree):
+            package, _, rest = name.partition(".")
+            assert package not in ("transformers", "peft", "sentence_transformers", *BESIDE), f"{path}: {name}"
+            assert package != "onegpu" or rest.partition(".")[0] in below, f"{path}: {name}"
+
+
+def test_the_second_run_leaves_one_test_to_the_first() -> None:
+    plans = plan(ROOT, "test-oldest")
+    (left,) = re.findall(r"--deselect (\S+)", plans)
+    file, _, test = left.partition("::")
+    assert f"def {test}(" in (ROOT / file).read_text()
+    assert "--deselect" not in plan(ROOT, "test")
 
 
 def test_the_site_is_built_with_warnings_as_errors() -> None:
