@@ -14,6 +14,8 @@ from onegpu.bench.environment import PACKAGES
 
 Call = Callable[..., Any]
 HEAVY = ("torch", "transformers", "triton", "numba", "numpy", "fastapi")
+# A refusal that comes at once: planning needs no torch.
+UNKNOWN = ("fit", "/no/such/folder", "--gpu", "24GiB")
 
 
 def run(*arguments: str, code: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -57,8 +59,8 @@ def test_an_error_of_ours_has_no_traceback_unless_asked() -> None:
     assert plain.stderr == "error: no folder /no/such/folder\n\nhint: a Hub name has the form org/name\n"
     assert plain.stdout == ""
     for shown in (
-        run("--debug", "run", "/no/such/folder", "hi"),
-        run("run", "/no/such/folder", "hi", ONEGPU_DEBUG="1"),
+        run("--debug", *UNKNOWN),
+        run(*UNKNOWN, ONEGPU_DEBUG="1"),
     ):
         assert shown.returncode == 1
         assert "Traceback" in shown.stderr
@@ -101,8 +103,8 @@ def test_a_variable_sets_an_option(tiny: Path) -> None:
 
 def test_color_only_where_it_is_wanted() -> None:
     loud = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
-    assert "\x1b[" in run("run", "/no/such/folder", "hi", **loud).stderr
-    assert "\x1b[3" not in run("run", "/no/such/folder", "hi", NO_COLOR="1", **loud).stderr
+    assert "\x1b[" in run(*UNKNOWN, **loud).stderr
+    assert "\x1b[3" not in run(*UNKNOWN, NO_COLOR="1", **loud).stderr
 
 
 def test_a_reader_that_goes_away_is_no_error(tiny: Path) -> None:
