@@ -3,8 +3,8 @@
 `org/name` is looked up as a folder before it is a name on the Hub, by us and by Transformers. So a folder
 `Qwen/Qwen3-8B` with a tiny random model of the same architecture answers to that name, and no network is needed. What a
 command would do for minutes is made short through the command's own variables (ONEGPU_EVAL_MAX_TOKENS and others), the
-shapes that `bench --random` knows by name are as tiny as the folders, and the product that `bench encode` sets its limit
-by is not run: it is large on purpose.
+shapes that `bench --random` knows by name are as tiny as the folders, and the product that `bench encode` takes its
+limit from is not run: it is large on purpose.
 """
 
 from __future__ import annotations
