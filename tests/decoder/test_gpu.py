@@ -145,15 +145,15 @@ def test_restoring_gives_all_memory_back() -> None:
     model = build("llama").cuda()
     batch = on_gpu(prompts())
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    model.generate(**batch, **NEW)
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    optimize_decoder(model)
-    model.generate(**batch, **NEW)
-    driver: Driver = model.__dict__["_onegpu_decoder"]
-    assert driver.workspaces
-    del driver
-    restore_decoder(model)
-    gc.collect()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    left = []
+    for _ in range(2):  # after the first time cuBLAS keeps its workspaces, and kernels their counters
+        optimize_decoder(model)
+        model.generate(**batch, **NEW)
+        driver: Driver = model.__dict__["_onegpu_decoder"]
+        assert driver.workspaces
+        del driver
+        restore_decoder(model)
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[1] <= left[0] + 2**20
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

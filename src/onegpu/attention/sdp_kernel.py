@@ -24,8 +24,8 @@ BACKEND_SWITCHES: dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] =
     "mem_efficient": (switches.mem_efficient_sdp_enabled, switches.enable_mem_efficient_sdp),
     "cudnn": (switches.cudnn_sdp_enabled, switches.enable_cudnn_sdp),
 }
-# What torch says when no backend is left, in its two places.
-NO_KERNEL = ("No available kernel", "No viable backend for scaled_dot_product_attention")
+# What torch says when no backend is left, in its several places.
+NO_KERNEL = ("No available kernel", "No viable backend for scaled_dot_product_attention", "Invalid backend")
 
 
 @dataclass(eq=False)

@@ -200,6 +200,7 @@ def test_on_a_gpu_captured(name: str, config: Any) -> None:
         assert largest_difference(eager, expected) <= proof_tolerance(torch.bfloat16, 2 * len(plan.layers) + 1)
     token, place = tokens[:, 0].clone(), torch.zeros(ROWS, dtype=torch.int32, device="cuda")
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # it made token and place
     with torch.cuda.stream(stream):
         step(token, place)
     torch.cuda.synchronize()
