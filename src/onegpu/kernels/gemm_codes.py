@@ -46,7 +46,9 @@ CODEBOOKS: Final = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 WHOLE_SCALE: Final = {"nf4": 25545.0, "fp4": 20160.0}
 ACTIVATIONS: Final = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 BIAS_KINDS: Final = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-KINDS: Final = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
+KINDS: Final = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.int8: "UINT8"}
+# Columns that codes of x leave out and that are multiplied as a tile; any more are multiplied one by one.
+CAPACITY: Final = 128
 
 
 class Codebook(ctypes.Structure):
@@ -60,7 +62,8 @@ class Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("bias", "row_stats", "residual", "y", "parts", "tickets")),
-        *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride")),
+        *((name, ctypes.c_void_p) for name in ("x_stats", "outlier_count", "outlier_columns", "x", "codes")),
+        *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride", "x_stride", "code_stride")),
         *(
             (name, ctypes.c_int)
             for name in (
@@ -77,6 +80,40 @@ class Problem(ctypes.Structure):
             )
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """The columns of x that its codes leave out, and what scales the codes.
+
+    Attributes:
+        x: [M, K], bfloat16 or float16.
+        x_stats: float32 [M], 127 times what a row's codes are multiplied by.
+        codes: int8 [N, K], of W.
+        count, columns: int32 [1] and [K]: which columns, the first `count`.
+        outlier_x: [M, CAPACITY] as x, those columns of x; after them zeros to a multiple of 64.
+
+    The last three are None where nothing is left out.
+    """
+
+    x: Tensor
+    x_stats: Tensor
+    codes: Tensor
+    count: Tensor | None = None
+    columns: Tensor | None = None
+    outlier_x: Tensor | None = None
+
+    def fields(self) -> dict[str, int | None]:
+        """Those of `Problem`."""
+        return {
+            "x_stats": self.x_stats.data_ptr(),
+            "outlier_count": None if self.count is None else self.count.data_ptr(),
+            "outlier_columns": None if self.columns is None else self.columns.data_ptr(),
+            "x": self.x.data_ptr(),
+            "codes": self.codes.data_ptr(),
+            "x_stride": self.x.stride(0) * self.x.element_size(),
+            "code_stride": self.codes.stride(0),
+        }
 
 
 @functools.cache
@@ -107,6 +144,7 @@ class Kind:
         bits: of a code.
         groups: scales of a row in 64 columns, 2 for blocks of 32.
         blocks: programs of a processor at a time.
+        x_bits: of x: 16, or 8 where it is codes as well.
     """
 
     tokens: int
@@ -116,18 +154,22 @@ class Kind:
     gated: bool
     activation: str | None
     blocks: int = 1
+    x_bits: int = 16
 
     @property
     def shape(self) -> Shape:
         """What decides how much shared memory it takes."""
-        return Shape(self.tokens, self.bits, self.groups, self.gated, self.blocks)
+        return Shape(self.tokens, self.bits, self.groups, self.gated, self.blocks, self.x_bits)
 
 
 def source(kind: Kind) -> nvrtc.Source:
     """The source for a kind of product."""
     is_bfloat = kind.dtype == torch.bfloat16
+    wide = kind.tokens if kind.x_bits == 16 else 32
     macros: nvrtc.Macros = (
         ("BITS", kind.bits),
+        ("X_BITS", kind.x_bits),
+        ("CAPACITY", CAPACITY),
         ("TOKENS", kind.tokens),
         ("STAGES", stages(kind.shape)),
         ("BLOCKS", kind.blocks),
@@ -136,8 +178,10 @@ def source(kind: Kind) -> nvrtc.Source:
         ("GATED", int(kind.gated)),
         ("ACTIVATION", ACTIVATIONS[kind.activation]),
         ("BFLOAT", int(is_bfloat)),
-        ("PRODUCT", product(kind.tokens, "bf16" if is_bfloat else "f16")),
-        ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(kind.tokens // 2))),
+        ("PRODUCT", product(wide, "bf16" if is_bfloat else "f16")),
+        ("SUMS", ", ".join(f'"+f"(sum[{i}])' for i in range(wide // 2))),
+        ("X_PRODUCT", product_of_codes(kind.tokens)),
+        ("X_SUMS", ", ".join(f'"+r"(sum[{i}])' for i in range(kind.tokens // 2))),
     )
     return nvrtc.Source("gemm_codes", macros)
 
@@ -150,6 +194,16 @@ def product(tokens: int, kind: str) -> str:
         f'"{{ .reg .pred keep; setp.ne.b32 keep, %{n + 5}, 0; '
         f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, "
         f'{{%{n}, %{n + 1}, %{n + 2}, %{n + 3}}}, %{n + 4}, keep, 1, 1, 0; }}"'
+    )
+
+
+def product_of_codes(tokens: int) -> str:
+    """One wgmma of int8: sums in operands 0 to n - 1, then the places of both sides, keep."""
+    n = tokens // 2
+    sums = ", ".join(f"%{i}" for i in range(n))
+    return (
+        f'"{{ .reg .pred keep; setp.ne.b32 keep, %{n + 2}, 0; '
+        f'wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{sums}}}, %{n}, %{n + 1}, keep; }}"'
     )
 
 
@@ -308,12 +362,14 @@ def multiply(
     overlap: bool,
     blocksize: int = 64,
     row_stats: Tensor | None = None,
+    left_out: LeftOut | None = None,
 ) -> None:
     """Launch the kernel of a kind, K of works that fill no whole round cut into `splits` parts or fewer."""
     M, K = rows.shape
     N = 2 * y.shape[1] if kind.gated else y.shape[1]
     device, width = rows.device, y.element_size()
-    steps = -(-K // 64)
+    columns = kind.shape.columns
+    steps = -(-K // columns)
     tiles_each = -(-steps // splits)
     splits = -(-steps // tiles_each)
     works, room = -(-N // ROWS) * -(-M // kind.tokens), kind.blocks * processors(device)
@@ -330,11 +386,12 @@ def multiply(
         y=y.data_ptr(),
         parts=None if parts is None else parts.data_ptr(),
         tickets=None if counters is None else counters.data_ptr(),
+        **({} if left_out is None else left_out.fields()),
         residual_stride=0 if residual is None else residual.stride(0) * width,
         y_stride=y.stride(0) * width,
         M=M,
         N=N,
-        K=64 * steps,
+        K=columns * steps,
         scale_shift=max(0, (blocksize // 64).bit_length() - 1),
         whole=whole,
         splits=splits,
@@ -344,7 +401,10 @@ def multiply(
         overlap=int(overlap),
     )
     left = map_rows(y, leaving(kind.shape)) if problem.vectors else map_nothing()
-    every = (map_rows(rows, kind.tokens), *maps, left)
+    outlier_x = (
+        map_nothing() if left_out is None or left_out.outlier_x is None else map_rows(left_out.outlier_x, kind.tokens)
+    )
+    every = (map_rows(rows, kind.tokens), *maps, outlier_x, left)
     arguments = (*(address_of(each) for each in every), ctypes.addressof(problem), ctypes.addressof(values))
     grid = min(whole + cut * splits, room)
     with on_device_of(rows):
@@ -363,10 +423,11 @@ def address_of(argument: Any) -> int:
 
 
 def map_rows(rows: Tensor, tokens: int) -> Any:
-    """Boxes of `tokens` rows by 64 columns of x or y."""
+    """Boxes of `tokens` rows by 128 bytes of x or y."""
     M, K = rows.shape
-    pitch = rows.stride(0) * rows.element_size() if M > 1 else K * rows.element_size()
-    return nvrtc.tensor_map(KINDS[rows.dtype], rows.data_ptr(), (K, M), (pitch,), (64, tokens), swizzle=128)
+    size = rows.element_size()
+    pitch = rows.stride(0) * size if M > 1 else K * size
+    return nvrtc.tensor_map(KINDS[rows.dtype], rows.data_ptr(), (K, M), (pitch,), (128 // size, tokens), swizzle=128)
 
 
 def copied_rows(kind: Kind) -> int:
@@ -374,11 +435,11 @@ def copied_rows(kind: Kind) -> int:
     return ROWS // 2 if kind.gated else ROWS
 
 
-def map_codes(codes: Tensor, rows: int) -> Any:
-    """Boxes of `rows` rows by 64 columns of int8."""
+def map_codes(codes: Tensor, rows: int, columns: int = 64) -> Any:
+    """Boxes of `rows` rows by `columns` columns of int8, 64 or 128."""
     N, K = codes.shape
     pitch = codes.stride(0) if N > 1 else -(-K // 16) * 16
-    return nvrtc.tensor_map("UINT8", codes.data_ptr(), (K, N), (pitch,), (64, rows), swizzle=64)
+    return nvrtc.tensor_map("UINT8", codes.data_ptr(), (K, N), (pitch,), (columns, rows), swizzle=columns)
 
 
 def map_tiles(tiled: int, absmax: int, row_tiles: int, K: int, blocksize: int, rows: int) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Final
 
 __all__ = [
+    "INT8_TOKENS",
     "MAX_SHARED",
     "TOKENS",
     "Config",
@@ -28,6 +29,8 @@ HANDED: Final = 8192
 LAST: Final = 16
 MOST_STAGES: Final = 12
 TOKENS: Final = (32, 64, 96, 128, 160, 192, 224, 256)
+# Where x is codes: more have not registers enough for products and sums.
+INT8_TOKENS: Final = (96, 128, 160, 192)
 SPLITS: Final = (1, 2, 3, 4, 6, 8)
 # Of so many tokens at most, two programs have registers enough.
 PAIRED: Final = 64
@@ -78,6 +81,7 @@ class Shape:
         groups: scales of a row in 64 columns.
         gated: half of W's rows gate the others.
         blocks: programs of a processor at a time.
+        x_bits: of x: 16, or 8 where it is codes as well.
     """
 
     tokens: int
@@ -85,6 +89,12 @@ class Shape:
     groups: int = 1
     gated: bool = False
     blocks: int = 1
+    x_bits: int = 16
+
+    @property
+    def columns(self) -> int:
+        """Of a tile: 128 bytes of x."""
+        return 1024 // self.x_bits
 
 
 def least_rows(N: int, K: int, bits: int, *, nested: bool = False) -> int:
@@ -96,8 +106,9 @@ def least_rows(N: int, K: int, bits: int, *, nested: bool = False) -> int:
 
 
 def stage_bytes(shape: Shape) -> int:
-    """Shared memory of one tile of 64 columns: x, codes and scales, and two barriers."""
-    return shape.tokens * 128 + ROWS * 8 * shape.bits + (512 * shape.groups if shape.bits == 4 else 0) + 16
+    """Shared memory of one tile: x, codes and scales, and two barriers."""
+    codes = ROWS * shape.columns // 8 * shape.bits
+    return shape.tokens * 128 + codes + (512 * shape.groups if shape.bits == 4 else 0) + 16
 
 
 def scales_sums(shape: Shape) -> bool:
@@ -119,7 +130,7 @@ def fixed_bytes(shape: Shape) -> int:
 
 def leaving(shape: Shape) -> int:
     """Tokens that leave at a time."""
-    return 64 if shape.tokens % 64 == 0 and shape.tokens >= 128 and not shape.gated else 32
+    return 64 if shape.tokens % 64 == 0 and shape.tokens >= 128 and not shape.gated and shape.x_bits == 16 else 32
 
 
 def shared_bytes(shape: Shape) -> int:
@@ -128,8 +139,14 @@ def shared_bytes(shape: Shape) -> int:
 
 
 @lru_cache(maxsize=4096)
-def configure(M: int, N: int, K: int, processors: int) -> Config:
+def configure(M: int, N: int, K: int, processors: int, x_bits: int = 16) -> Config:
     """The configuration for M rows of x and a weight [N, K]."""
+    if x_bits == 8:
+        # A tile is twice as wide.
+        return min(
+            (Config(tokens) for tokens in INT8_TOKENS),
+            key=lambda config: clocks(config, M, N, -(-K // 2), processors),
+        )
     choices = [
         Config(tokens, splits, blocks)
         for tokens in TOKENS

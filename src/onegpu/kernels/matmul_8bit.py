@@ -3,7 +3,8 @@
 
     row_stats_kernel, quantize_rows_kernel   x to int8 rows; flags of outlier columns (see `quantize`)
     list_columns_kernel                      flags to a list of columns and their number, in device memory
-    int8_kernel                              int8 products into int32, then a loop over the listed columns
+    int8_kernel                              int8 products into int32, then a loop over the listed columns; on Hopper
+                                             `gemm_int8` instead
 
 Up to `weight_only_rows` rows of 16-bit x, reading W is what takes time and x stays as it is (`gemv_8bit`): at least as
 exact, outliers need no list, and a row's result does not depend on the others of its call. The threshold then has no
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from onegpu.formats.rowwise import INVERSE_127
 from onegpu.kernels.gemm_codes import why_not_8bit, why_not_gemm
+from onegpu.kernels.gemm_int8 import gemm_int8, why_not_int8
 from onegpu.kernels.gemv_8bit import linear_8bit_rows
 from onegpu.kernels.gemv_16bit import few_rows
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of
@@ -155,7 +157,11 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
     x_codes, x_stats, outlier_cols = quantize_8bit_rows(rows, threshold)
     bias = None if bias is None else bias.detach().contiguous()
     has_outliers = threshold > 0
-    columns, count = _list_columns(outlier_cols) if has_outliers else (x_stats, x_stats)
+    listed = _list_columns(outlier_cols) if has_outliers else None
+    if why_not_int8(rows, codes) is None:
+        gemm_int8(y, rows, x_codes, x_stats, codes, row_stats.contiguous(), bias, listed)
+        return y.view(*x.shape[:-1], N)
+    columns, count = listed or (x_stats, x_stats)
     narrow = (has_outliers and x.dtype == torch.float32) or torch.version.hip is not None
     tiles = _configure(M, narrow=narrow)
     with on_device_of(x):

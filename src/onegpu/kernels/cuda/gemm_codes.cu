@@ -1,8 +1,10 @@
 // y = tail(x @ W.T + bias) for a W stored as codes, on Hopper's warpgroup products: 4-bit codes in tile order
-// (formats/tiling.py), or rows of int8.
+// (formats/tiling.py), or rows of int8. x is in 16 bit, or int8 as well (LLM.int8()).
 //
 // Compiled at run time with these macros, see gemm_codes.py:
 //   BITS       of a code: 4 or 8
+//   X_BITS     16, or 8 with BITS 8: x is codes too, but for some columns
+//   CAPACITY   of those columns, how many are at hand in 16 bit
 //   TOKENS     rows of x of one program: 32, 64, 96, ... 256
 //   STAGES     tiles of x and W on their way
 //   BLOCKS     programs of a processor at a time: 2 hide each other's waits, 1 has room for more stages
@@ -11,7 +13,8 @@
 //   GATED      the first half of W's rows gates the second
 //   ACTIVATION 0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu
 //   BFLOAT     1 for bfloat16, 0 for float16
-//   PRODUCT    the PTX of one wgmma, SUMS its sums as operands: they grow with TOKENS
+//   PRODUCT    the PTX of one wgmma of 16-bit floats, SUMS its sums as operands: of TOKENS, or of 32 if X_BITS is 8
+//   X_PRODUCT  the same of int8 on both sides, of TOKENS, X_SUMS
 //
 // A work is 128 rows of W and TOKENS rows of x. Programs take works in turn; those that would leave processors idle in the
 // end are cut along K, and the program that ends last adds up their parts. Rows of W are the left operand, which wgmma
@@ -24,6 +27,9 @@
 //
 // Codes of 8 bits need no table: they are whole numbers that 16-bit floats hold exactly, and a row has one scale, which
 // multiplies the sums of all K.
+//
+// Where x is codes, both operands come from shared memory, 128 columns a tile. The columns of x that its codes leave out,
+// LLM.int8()'s outliers, are multiplied in 16 bit after them: up to CAPACITY as tiles of their own, any more one by one.
 //
 // All copies are the tensor memory accelerator's; x and codes are swizzled by it (PTX ISA, 128-byte swizzle), so that
 // neither the tensor cores nor ldmatrix meet in a bank.
@@ -44,12 +50,16 @@ typedef unsigned long long u64;
 #define TOKEN_BLOCKS (1024 / TOKENS)
 // Columns of y that a program writes.
 #define WIDTH (GATED ? ROWS : ROWS * CONSUMERS)
+// Columns of a tile: 128 bytes of x.
+#define COLUMNS (1024 / X_BITS)
 #define X_BYTES (TOKENS * 128)
-#define CODE_BYTES (CONSUMERS * ROWS * 8 * BITS)
+#define CODE_BYTES (CONSUMERS * ROWS * COLUMNS / 8 * BITS)
+// Codes of 64 outlier columns.
+#define OUTLIER_BYTES (CONSUMERS * ROWS * 64)
 #define SCALE_BYTES (BITS == 4 ? CONSUMERS * 4 * 64 * GROUPS : 0)
 #define TABLE_BYTES (BITS == 4 ? 32768 : 0)
 // Tokens that leave at a time, 64 results each, by one of three buffers by turns; swizzled as x is.
-#define PART (TOKENS % 64 == 0 && TOKENS >= 128 && !GATED ? 64 : 32)
+#define PART (TOKENS % 64 == 0 && TOKENS >= 128 && !GATED && X_BITS == 16 ? 64 : 32)
 #define PITCH 128
 #define BUFFER_BYTES (PART * PITCH)
 #define BUFFERS 3
@@ -75,7 +85,11 @@ struct Problem {
     char *y;                // [M, out], rows `y_stride` bytes apart
     float4 *parts;          // [cut works, splits, TOKENS / 8, 256], sums
     int *tickets;           // [cut works], all 0 before and after
-    long long residual_stride, y_stride;
+    const float *x_stats;   // X_BITS 8: [M], 127 times what codes of a row of x are multiplied by
+    const int *outlier_count, *outlier_columns; // how many columns its codes leave out, and which, or null
+    const char *x;          // x in 16 bit, rows `x_stride` bytes apart
+    const signed char *codes; // W's, rows `code_stride` bytes apart
+    long long residual_stride, y_stride, x_stride, code_stride;
     int M, N, K;
     int scale_shift;        // log2(tiles of one scale)
     int whole;              // works that are not cut; the others are, into
@@ -273,7 +287,8 @@ struct Operand {
 #endif
 
 // sums (keep ? += : =) left @ x.T over 16 columns.
-__device__ __forceinline__ void multiply(float (&sum)[TOKENS / 2], const u32 *left, u64 right, int keep) {
+__device__ __forceinline__ void multiply(float (&sum)[X_BITS == 8 ? 16 : TOKENS / 2], const u32 *left, u64 right,
+                                         int keep) {
     asm volatile(PRODUCT : SUMS : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(keep));
 }
 
@@ -318,7 +333,7 @@ struct Place {
         cut = is_whole ? -1 : (index - p.whole) / p.splits;
         split = is_whole ? 0 : index - p.whole - cut * p.splits;
         first_tile = split * p.tiles_each;
-        tiles = is_whole ? p.K / 64 : min(p.tiles_each, p.K / 64 - first_tile);
+        tiles = is_whole ? p.K / COLUMNS : min(p.tiles_each, p.K / COLUMNS - first_tile);
         int work = is_whole ? index : p.whole + cut;
         int each = TOKEN_BLOCKS * row_blocks(p), group = work / each;
         int first_block = group * TOKEN_BLOCKS, here = min(TOKEN_BLOCKS, token_blocks - first_block);
@@ -339,16 +354,26 @@ struct Shared {
     u32 x, codes, scales, full, empty, last;
 };
 
-// Calls copy(stage, column of tiles, place) for all tiles of this program's works, each when its stage is free.
+// Outlier columns, and tiles of those at hand, which the first part of K multiplies.
+__device__ __forceinline__ int outliers(const Problem &p) {
+    return X_BITS == 8 && p.outlier_count ? *p.outlier_count : 0;
+}
+
+__device__ __forceinline__ int outlier_tiles(int outliers, const Place &at) {
+    return at.split == 0 ? (min(outliers, CAPACITY) + 63) / 64 : 0;
+}
+
+// Calls copy(stage, k, place) for all tiles of this program's works, each when its stage is free; outliers' come last.
 template <class Copy>
 __device__ __forceinline__ void copy_tiles(const Problem &p, u32 empty, int works, int token_blocks, Copy copy) {
-    int stage = 0, parity = 1;
+    int stage = 0, parity = 1, columns = outliers(p);
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
+        int tiles = at.tiles + outlier_tiles(columns, at);
 #pragma unroll 1
-        for (int k = 0; k < at.tiles; ++k) {
+        for (int k = 0; k < tiles; ++k) {
             wait_barrier(empty + stage * 8, parity);
-            copy(stage, at.first_tile + k, at);
+            copy(stage, k, at);
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
     }
@@ -368,7 +393,7 @@ __device__ __forceinline__ void copy_weights(const Problem &p, const Map *codes,
         copy_3d(to + half * (CODE_BYTES / 2), codes, 4 * column, row / 16, done);
         copy_3d(scale_to + half * (SCALE_BYTES / 2), scales, block, row / 16, done);
 #else
-        copy_2d(to + half * (CODE_BYTES / 2), codes, 64 * column, row, done);
+        copy_2d(to + half * (CODE_BYTES / 2), codes, COLUMNS * column, row, done);
 #endif
     }
 }
@@ -541,11 +566,16 @@ struct Multiplier {
     float inverse;
     int stage, parity;
 
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+
     __device__ __forceinline__ void decode(Operand &operand) {
         wait_barrier(shared.full + stage * 8, parity);
         operand.decode(shared.codes + stage * CODE_BYTES, shared.scales + stage * SCALE_BYTES, lane, inverse);
     }
 
+#if X_BITS == 16
     // Products of one tile, the next one decoded meanwhile.
     __device__ __forceinline__ void step(float (&sum)[TOKENS / 2], Operand &now, Operand &next, bool is_first,
                                          bool has_next) {
@@ -563,7 +593,7 @@ struct Multiplier {
 #endif
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         u32 done = shared.empty + stage * 8;
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+        advance();
         if (DECODE_AHEAD && has_next) decode(next);
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         // The tensor cores read these up to here, which the compiler does not see.
@@ -577,11 +607,99 @@ struct Multiplier {
 #endif
         if (!DECODE_AHEAD && has_next) decode(now);
     }
+#endif
 };
 
+#if X_BITS == 8
+// sums (keep ? += : =) left @ x.T over 32 columns.
+__device__ __forceinline__ void multiply(int (&sum)[TOKENS / 2], u64 left, u64 right, int keep) {
+    asm volatile(X_PRODUCT : X_SUMS : "l"(left), "l"(right), "r"(keep));
+}
+
+__device__ __forceinline__ float load_x(const Problem &p, int token, int column) {
+    if (token >= p.M) return 0.f;
+    float low, high;
+    unpack(((const unsigned short *)(p.x + token * p.x_stride))[column], low, high);
+    return low;
+}
+
+// Sums of a work: products of codes times the scales of x's rows, and what its codes leave out.
+__device__ __forceinline__ void multiply_codes(const Problem &p, const Place &at, Multiplier &m, u32 outlier_codes,
+                                               float (&sum)[TOKENS / 2]) {
+    int product[TOKENS / 2], lane = threadIdx.x % 32;
+    u32 used = 0;
+    for (int k = 0; k < at.tiles; ++k) {
+        wait_barrier(m.shared.full + m.stage * 8, m.parity);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        u64 left = describe(m.shared.codes + m.stage * CODE_BYTES), right = describe(m.shared.x + m.stage * X_BYTES);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply(product, left + 2 * j, right + 2 * j, k > 0 || j > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (k > 0 && lane == 0) arrive(used);
+        used = m.shared.empty + m.stage * 8;
+        m.advance();
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (lane == 0) arrive(used);
+    int first = at.first_token + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < TOKENS / 8; ++i)
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+            int token = first + 8 * i + b;
+            float scale = token < p.M ? p.x_stats[token] / 127.f : 0.f;
+            sum[4 * i + b] = (float)product[4 * i + b] * scale;
+            sum[4 * i + 2 + b] = (float)product[4 * i + 2 + b] * scale;
+        }
+    if (at.split != 0) return;
+    int columns = outliers(p);
+    for (int t = outlier_tiles(columns, at); t > 0; --t) {
+        wait_barrier(m.shared.full + m.stage * 8, m.parity);
+        Operand codes;
+        codes.decode(outlier_codes + m.stage * CODE_BYTES, 0, m.lane, 0.f);
+        u64 right = describe(m.shared.x + m.stage * X_BYTES);
+        // 32 tokens at a time: sums and int8 products, both in a row of registers, would not lie in the same ones.
+#pragma unroll
+        for (int first = 0; first < TOKENS; first += 32) {
+            float part[16];
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int j = 0; j < 4; ++j) multiply(part, codes.left + 4 * j, right + first * 8 + 2 * j, j > 0);
+            asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < 16; ++i) sum[first / 2 + i] += part[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(codes.left[i]));
+        if (lane == 0) arrive(m.shared.empty + m.stage * 8);
+        m.advance();
+    }
+    int row = at.first_row + threadIdx.x / WARPGROUP * ROWS - ROWS + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+#pragma unroll 1
+    for (int c = CAPACITY; c < columns; ++c) {
+        int column = p.outlier_columns[c];
+        float code[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            code[r] = row + 8 * r < p.N ? (float)p.codes[(row + 8 * r) * p.code_stride + column] : 0.f;
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; ++i)
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                float value = load_x(p, first + 8 * i + b, column);
+                sum[4 * i + b] = __fmaf_rn(value, code[0], sum[4 * i + b]);
+                sum[4 * i + 2 + b] = __fmaf_rn(value, code[1], sum[4 * i + 2 + b]);
+            }
+    }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const __grid_constant__ Map absmax,
-          const __grid_constant__ Map y, const __grid_constant__ Problem p, const __grid_constant__ Codebook codebook) {
+gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
+           const __grid_constant__ Map absmax, // X_BITS 8: codes of W's outlier columns
+           const __grid_constant__ Map outlier_x, const __grid_constant__ Map y, const __grid_constant__ Problem p,
+           const __grid_constant__ Codebook codebook) {
     // Aligned as swizzled tiles want it, which holds as the system's own part before it is 1 KiB.
     extern __shared__ __align__(1024) char base[];
     if (shared_address(base) & 1023) __trap();
@@ -617,15 +735,24 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const _
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
         if (threadIdx.x == 0)
             // Weights were there before the kernel in front; x may be what it writes.
-            copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int column, const Place &at) {
-                copy_weights(p, &w, &absmax, shared, stage, column, at.first_row);
+            copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int k, const Place &at) {
+                if (X_BITS == 16 || k < at.tiles) {
+                    copy_weights(p, &w, &absmax, shared, stage, at.first_tile + k, at.first_row);
+                } else {
+                    u32 done = shared.full + stage * 8;
+                    expect(done, OUTLIER_BYTES);
+                    copy_2d(shared.codes + stage * CODE_BYTES, &absmax, 64 * (k - at.tiles), at.first_row, done);
+                }
             });
         if (threadIdx.x == 32) {
             wait_for_kernel_in_front(p);
-            copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int column, const Place &at) {
-                u32 done = shared.full + stage * 8;
+            copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int k, const Place &at) {
+                u32 done = shared.full + stage * 8, to = shared.x + stage * X_BYTES;
                 expect(done, X_BYTES);
-                copy_2d(shared.x + stage * X_BYTES, &x, 64 * column, at.first_token, done);
+                if (X_BITS == 16 || k < at.tiles)
+                    copy_2d(to, &x, COLUMNS * (at.first_tile + k), at.first_token, done);
+                else
+                    copy_2d(to, &outlier_x, 64 * (k - at.tiles), at.first_token, done);
             });
         }
         return;
@@ -647,6 +774,9 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const _
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
         float sum[TOKENS / 2];
+#if X_BITS == 8
+        multiply_codes(p, at, multiplier, shared.codes + consumer * (OUTLIER_BYTES / 2), sum);
+#else
 #if SCALE_SUMS
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
@@ -660,6 +790,7 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w, const _
 #if SCALE_SUMS
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) sum[i] *= codebook.inverse;
+#endif
 #endif
         if (at.cut < 0 || collect(p, at, sum, shared.last)) finish(p, &y, at, sum, staging, handed);
     }

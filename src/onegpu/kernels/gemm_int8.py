@@ -1,0 +1,127 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""y = x @ W.T + bias of LLM.int8() on Hopper: int8 products, and the outlier columns of x in 16 bit.
+
+The kernel is that of `gemm_codes` with codes on both sides. What is here brings the outlier columns together before it:
+as many as `CAPACITY` are tiles for the tensor cores; the kernel reads how many there are, so nothing waits for a count.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onegpu.kernels.gemm_codes import (
+    CAPACITY,
+    Kind,
+    LeftOut,
+    codebook,
+    map_codes,
+    map_nothing,
+    multiply,
+    why_not_8bit,
+    why_not_gemm,
+)
+from onegpu.kernels.gemm_codes_config import ROWS, Config, configure
+from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, processors
+
+__all__ = ["gemm_int8", "why_not_int8"]
+
+
+@triton.jit
+def gather_columns_kernel(
+    x_ptr,  # [M, K]
+    stride_xm,
+    codes_ptr,  # int8 [N, K]
+    stride_cn,
+    columns_ptr,  # int32 [K]
+    count_ptr,  # int32 [1]
+    x_out_ptr,  # [M, CAPACITY]
+    codes_out_ptr,  # int8 [N, CAPACITY]
+    M,
+    N,
+    x_programs,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Outlier columns side by side, zeros after them to a whole tile; tiles without any are not written."""
+    count = tl.load(count_ptr)
+    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    if tl.program_id(1) * TILE < count:
+        column = tl.load(columns_ptr + place, mask=place < count, other=0).to(tl.int64)
+        program = tl.program_id(0)
+        if program < x_programs:
+            row = (program * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+            inside = (row < M)[:, None] & (place < count)[None, :]
+            value = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :], mask=inside, other=0.0)
+            tl.store(x_out_ptr + row[:, None] * CAPACITY + place[None, :], value, mask=(row < M)[:, None])
+        else:
+            row = ((program - x_programs) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+            inside = (row < N)[:, None] & (place < count)[None, :]
+            code = tl.load(codes_ptr + row[:, None] * stride_cn + column[None, :], mask=inside, other=0)
+            tl.store(codes_out_ptr + row[:, None] * CAPACITY + place[None, :], code, mask=(row < N)[:, None])
+
+
+def gather_columns(x: Tensor, codes: Tensor, columns: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The first `CAPACITY` of the listed columns: of x [M, CAPACITY], of codes [N, CAPACITY]."""
+    M, N = x.shape[0], codes.shape[0]
+    x_out = torch.empty(M, CAPACITY, dtype=x.dtype, device=x.device)
+    codes_out = torch.empty(N, CAPACITY, dtype=torch.int8, device=x.device)
+    block, tile = 32, 64
+    x_programs = triton.cdiv(M, block)
+    with on_device_of(x):
+        gather_columns_kernel[(x_programs + triton.cdiv(N, block), CAPACITY // tile)](
+            x, x.stride(0), codes, codes.stride(0), columns, count, x_out, codes_out, M, N, x_programs,
+            CAPACITY=CAPACITY, BLOCK=block, TILE=tile, num_warps=4, **NO_CONTRACTION,
+        )  # fmt: skip
+    return x_out, codes_out
+
+
+def why_not_int8(x: Tensor, codes: Tensor) -> str | None:
+    """None where `gemm_int8` takes x [M, K] and the codes of W, else the reason in a sentence."""
+    if x.shape[1] % 16:
+        return "rows of codes do not lie on 16 bytes"
+    return why_not_gemm(x.device, x.dtype) or why_not_8bit(codes)
+
+
+def gemm_int8(
+    y: Tensor,
+    x: Tensor,
+    x_codes: Tensor,
+    x_stats: Tensor,
+    codes: Tensor,
+    row_stats: Tensor,
+    bias: Tensor | None,
+    outliers: tuple[Tensor, Tensor] | None,
+    config: Config | None = None,
+) -> None:
+    """Write x @ (codes * row_stats / 127).T + bias into y.
+
+    Args:
+        y: [M, N], contiguous, in the dtype of x.
+        x: [M, K], bfloat16 or float16, elements of a row side by side; `why_not_int8` is None.
+        x_codes, x_stats: int8 [M, K] and float32 [M]: x without its outlier columns, `quantize_8bit_rows`.
+        codes, row_stats: int8 [N, K] and float32 [N], of W.
+        outliers: int32 [K] and int32 [1]: columns that `x_codes` leaves out, and how many; None: none.
+        config: instead of `configure`'s choice.
+
+    Raises:
+        DeviceError: the kernel does not compile or the driver refuses it.
+    """
+    (M, K), N = x.shape, codes.shape[0]
+    config = configure(M, N, K, processors(x.device), x_bits=8) if config is None else config
+    kind = Kind(config.tokens, 8, 1, x.dtype, gated=False, activation=None, blocks=config.blocks, x_bits=8)
+    if outliers is None:
+        left_out, more = LeftOut(x, x_stats, codes), map_nothing()
+    else:
+        columns, count = outliers
+        outlier_x, outlier_codes = gather_columns(x, codes, columns, count)
+        left_out, more = LeftOut(x, x_stats, codes, count, columns, outlier_x), map_codes(outlier_codes, ROWS)
+    maps = (map_codes(codes, ROWS, kind.shape.columns), more)
+    values = codebook("nf4", x.dtype, of_sums=False)  # of no use here
+    multiply(
+        y, x_codes, maps, values, bias, None, kind, config.splits,
+        overlap=False, row_stats=row_stats, left_out=left_out,
+    )  # fmt: skip

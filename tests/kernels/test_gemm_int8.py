@@ -1,0 +1,149 @@
+"""LLM.int8() on Hopper's tensor cores: its programs, and on a GPU its numbers with any number of outlier columns."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cases import assert_no_worse, normal, run_captured
+from onegpu.kernels import reference
+from onegpu.kernels.gemm_codes_config import INT8_TOKENS, MAX_SHARED, Config, Shape, configure, shared_bytes, stages
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("tokens", INT8_TOKENS)
+def test_fits_shared_memory(tokens: int) -> None:
+    shape = Shape(tokens, 8, x_bits=8)
+    assert shape.columns == 128
+    assert stages(shape) >= 4
+    assert shared_bytes(shape) <= MAX_SHARED
+
+
+def test_configurations() -> None:
+    for M in (257, 512, 1024, 4096):
+        for N, K in ((4096, 4096), (28672, 4096), (16, 64)):
+            assert configure(M, N, K, 132, x_bits=8).tokens in INT8_TOKENS
+    assert configure(4096, 28672, 4096, 132, x_bits=8).tokens == 192, "many tokens share what is read of W"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", INT8_TOKENS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_keep_their_sums_in_registers(
+    tokens: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is spilled between the first int8 product and the last one."""
+    gemm, nvrtc = pytest.importorskip("onegpu.kernels.gemm_codes"), pytest.importorskip("onegpu.kernels.nvrtc")
+    if nvrtc.why_not_nvrtc() is not None:
+        pytest.skip(nvrtc.why_not_nvrtc())
+    monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path))
+    kind = gemm.Kind(tokens, 8, 1, dtype, gated=False, activation=None, x_bits=8)
+    nvrtc.compile_source(gemm.source(kind), gemm.ARCHITECTURE)
+    (kept,) = (tmp_path / "cuda").glob("gemm_codes-*.cubin")
+    triton = Path(importlib.util.find_spec("triton").origin).parent
+    command = [str(triton / "backends" / "nvidia" / "bin" / "nvdisasm"), "-c", str(kept)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
+    places = [place for place, name in enumerate(names) if name == "IGMMA"]
+    assert len(places) >= 4
+    assert not {"LDL", "STL"} & set(names[places[0] : places[-1]])
+    assert names.count("HGMMA") == 4 * tokens // 32
+
+
+@pytest.fixture
+def gemm():
+    module = pytest.importorskip("onegpu.kernels.gemm_int8")
+    codes = torch.empty(16, 64, dtype=torch.int8, device="cuda")
+    reason = module.why_not_int8(torch.empty(1, 64, dtype=torch.bfloat16, device="cuda"), codes)
+    if reason is not None:
+        pytest.skip(reason)
+    return module
+
+
+def on_gpu(*shape: int, seed: int = 0) -> Tensor:
+    return normal(*shape, seed=seed, device="cuda")
+
+
+def quantized(x: Tensor, outliers: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Codes and scales of x without its first `outliers` columns of a random order, and the list of these."""
+    K = x.shape[1]
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(K)).to(x.device, torch.int32)
+    kept = x.float()
+    kept[:, order[:outliers].long()] = 0.0
+    stats = kept.abs().amax(1)
+    codes = torch.round(kept * (127.0 / stats.clamp(min=1e-30))[:, None]).to(torch.int8)
+    return codes, stats, (order, torch.tensor([outliers], dtype=torch.int32, device=x.device))
+
+
+def exact_result(
+    x: Tensor, x_codes: Tensor, stats: Tensor, codes: Tensor, row_stats: Tensor, columns: Tensor
+) -> Tensor:
+    """In float64, of the same codes."""
+    weight = codes.double() * row_stats.double()[:, None] / 127
+    whole = (x_codes.double() * stats.double()[:, None] / 127) @ weight.T
+    return whole + x[:, columns].double() @ weight[:, columns].T
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("outliers", [None, 0, 1, 64, 70, 128, 150])
+@pytest.mark.parametrize(("N", "K"), [(1, 208), (34, 192), (200, 336), (272, 1024)])
+def test_product(gemm, N: int, K: int, outliers: int | None, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(N)
+    codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8, device="cuda")
+    row_stats, bias = on_gpu(N).abs() + 0.5, on_gpu(N, seed=1).to(dtype)
+    for M in (1, 33, 300):
+        x = on_gpu(M, K, seed=M).to(dtype)
+        x_codes, stats, listed = quantized(x, outliers or 0)
+        columns = listed[0][: outliers or 0].long()
+        exact = exact_result(x, x_codes, stats, codes, row_stats, columns) + bias.double()
+        whole = reference.int8_product(x_codes, codes).float() * stats[:, None] * row_stats / 127**2
+        plain = whole + (x[:, columns].float() @ codes[:, columns].float().T) * row_stats / 127 + bias.float()
+        for config in (None, *(Config(tokens) for tokens in INT8_TOKENS), Config(96, 2)):
+            y = torch.full((M, N), float("nan"), dtype=dtype, device="cuda")
+            given = None if outliers is None else listed
+            gemm.gemm_int8(y, x, x_codes, stats, codes, row_stats, bias, given, config)
+            assert_no_worse(y, plain.to(dtype), exact)
+
+
+@pytest.mark.gpu
+def test_rows_apart_and_rows_of_codes_apart(gemm) -> None:
+    wide, wide_codes = on_gpu(300, 512).half(), torch.randint(-127, 128, (96, 512), dtype=torch.int8, device="cuda")
+    x, codes = wide[:, 16:272], wide_codes[:, 16:272]
+    row_stats = on_gpu(96).abs()
+    x_codes, stats, listed = quantized(x, 140)
+    y, same = (torch.empty(300, 96, dtype=x.dtype, device="cuda") for _ in range(2))
+    gemm.gemm_int8(y, x, x_codes, stats, codes, row_stats, None, listed)
+    gemm.gemm_int8(same, x.contiguous(), x_codes, stats, codes.contiguous(), row_stats, None, listed)
+    assert torch.equal(y, same)
+
+
+@pytest.mark.gpu
+def test_captured_with_other_outliers(gemm) -> None:
+    """How many columns there are is read by each replay."""
+    codes = torch.randint(-127, 128, (300, 256), dtype=torch.int8, device="cuda")
+    x, row_stats = on_gpu(400, 256).bfloat16(), on_gpu(300).abs()
+    x_codes, stats, (order, count) = quantized(x, 3)
+    y = torch.empty(400, 300, dtype=x.dtype, device="cuda")
+    other = quantized(x, 140)
+
+    def call() -> Tensor:
+        gemm.gemm_int8(y, x, x_codes, stats, codes, row_stats, None, (order, count))
+        return y
+
+    def change() -> None:
+        x_codes.copy_(other[0])
+        stats.copy_(other[1])
+        count.copy_(other[2][1])
+
+    captured = run_captured(call, change).clone()
+    assert torch.equal(captured, call())
+    exact = exact_result(x, x_codes, stats, codes, row_stats, order[:140].long())
+    assert float((captured.double() - exact).abs().max()) <= 2**-7 * float(exact.abs().max())
