@@ -88,7 +88,7 @@ def errors_of(here: dict[str, Any], prepared: Prepared, inputs: Sequence[Tensor]
         with torch.no_grad():
             error = relative(multiply(x), exact)
         allowed = relative(torch.mm(x, dense.to(x.dtype).t()), exact)
-        if threshold is not None and weight_only_rows(x, dense.shape[1]) < M:
+        if threshold is not None and weight_only_rows(x, dense.shape) < M:
             allowed = max(allowed, relative((rounded_rows(x, threshold) @ wide.t()).to(x.dtype), exact))
         yield here | {"M": M, "error": error, "allowed": allowed, "ratio": error / allowed, "note": ""}
 
@@ -97,13 +97,13 @@ def relative(y: Tensor, exact: Tensor) -> float:
     return float((y.double() - exact).norm() / exact.norm())
 
 
-def weight_only_rows(x: Tensor, K: int) -> int:
-    """Up to how many rows `linear_8bit` leaves x as it is, for codes of K columns."""
+def weight_only_rows(x: Tensor, shape: Sequence[int]) -> int:
+    """Up to how many rows `linear_8bit` leaves x as it is, for codes of a shape."""
     if not x.is_cuda:
         return 0
     from onegpu.kernels import matmul_8bit
 
-    return matmul_8bit.weight_only_rows(x, torch.empty(1, K, dtype=torch.int8, device=x.device))
+    return matmul_8bit.weight_only_rows(x, torch.empty(tuple(shape), dtype=torch.int8, device=x.device))
 
 
 def rounded_rows(x: Tensor, threshold: float) -> Tensor:

@@ -292,10 +292,10 @@ def quantize_8bit_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tenso
     M, K = x.shape
     x = x.detach() if x.stride(1) == 1 else x.detach().contiguous()
     codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
-    row_stats = torch.zeros(M, dtype=torch.float32, device=x.device)
+    row_stats = torch.empty(M, dtype=torch.float32, device=x.device)
     outlier_cols = torch.zeros(K, dtype=torch.bool, device=x.device)
     if M == 0 or K == 0:
-        return codes, row_stats, outlier_cols
+        return codes, row_stats.zero_(), outlier_cols
     if threshold == 0:
         with on_device_of(x):
             quantize_whole_rows_kernel[(M,)](x, x.stride(0), row_stats, codes, K, **row_settings(K), **NO_CONTRACTION)
