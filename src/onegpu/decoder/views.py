@@ -111,8 +111,8 @@ class HostDecodeView(DecodeView):
             super().store(layer, k, v)
             return
         for row, place in enumerate(self.places):
-            layer.k[row, :, place] = k[row, :, 0]
-            layer.v[row, :, place] = v[row, :, 0]
+            of_row(layer.k, row).narrow(2, place, 1).copy_(of_row(k, row))
+            of_row(layer.v, row).narrow(2, place, 1).copy_(of_row(v, row))
 
     def attend(
         self,
@@ -133,11 +133,16 @@ class HostDecodeView(DecodeView):
         rows = []
         for row, place in enumerate(self.places):
             start = 0 if window is None else max(0, place + 1 - window)
-            k, v = (t[row : row + 1, :, start : place + 1] for t in (layer.k, layer.v))
-            q = query[row : row + 1]
+            k, v = (of_row(slots, row).narrow(2, start, place + 1 - start) for slots in (layer.k, layer.v))
+            q = of_row(query, row)
             rows.append(scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
         out = rows[0] if len(rows) == 1 else torch.cat(rows)
         return out.transpose(1, 2)
+
+
+def of_row(rows: Tensor, row: int) -> Tensor:
+    """One of several rows, [1, ...]. A few microseconds a layer are what a step on a CPU has to lose."""
+    return rows if rows.shape[0] == 1 else rows.narrow(0, row, 1)
 
 
 class PrefillView(SlotView):
