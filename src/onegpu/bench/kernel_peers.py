@@ -6,6 +6,7 @@ packages is needed; they are looked up by name when asked for. "tinygemm int4" i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,8 @@ def bitsandbytes_4bit(weight: Tensor) -> Peer:
 
 def bitsandbytes_8bit(weight: Tensor) -> Peer:
     package = import_module("bitsandbytes")
+    # It says at each call that it casts x.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     N, K = weight.shape
     module = package.nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False, threshold=6.0)
     module.weight = package.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)

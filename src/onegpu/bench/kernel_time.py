@@ -15,6 +15,7 @@ import os
 import signal
 import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ FEWEST_CALLS: Final = 4
 REPLAY_US: Final = 10_000
 ROUNDS: Final = 7
 ROUNDS_US: Final = 60_000
+SETTLE_SECONDS: Final = 0.02
 # A prime, so that rows of a repeated stretch of random numbers are not alike.
 STRETCH: Final = 4_194_301
 
@@ -82,7 +84,16 @@ def call_times(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    settle(graph.replay)
     return timed(graph.replay, len(calls), rounds)
+
+
+def settle(run: Callable[[], Any]) -> None:
+    """Keep the device busy for a while: its clocks fell while it had nothing to do, for example for a compiler."""
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < SETTLE_SECONDS:
+        run()
+        torch.cuda.synchronize()
 
 
 def timed(run: Callable[[], Any], count: int, rounds: int, warm: int = 2) -> list[float]:

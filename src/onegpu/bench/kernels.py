@@ -68,7 +68,10 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One operator at one shape. `us` is None where it failed, and `note` says why."""
+    """One operator at one shape. `us` is None where it failed, and `note` says why.
+
+    `roofline_percent` is of the 16-bit ceilings: products of int8 tensor cores may pass 100.
+    """
 
     shape: str
     N: int
