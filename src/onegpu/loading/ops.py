@@ -49,7 +49,18 @@ def abort_on_error(
     return guarded
 
 
-class PassThrough(ConversionOps):
+class SharedOps(ConversionOps):
+    """An operation of which there is one.
+
+    Transformers copies a conversion deeply for each tensor it makes: the quantizer and all that it knows of the model
+    would go with each.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedOps:
+        return self
+
+
+class PassThrough(SharedOps):
     """Nothing. It is the reverse of reading too: saving writes the stored state through `loading.saving`."""
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -60,7 +71,7 @@ class PassThrough(ConversionOps):
         return self
 
 
-class QuantizeOnLoad(ConversionOps):
+class QuantizeOnLoad(SharedOps):
     """A 16-bit weight just read -> codes and scales, on the device it was read to."""
 
     def __init__(self, quantizer: OneGpuQuantizer) -> None:
@@ -96,7 +107,7 @@ class QuantizeOnLoad(ConversionOps):
         return PassThrough()
 
 
-class DeserializeLinear(ConversionOps):
+class DeserializeLinear(SharedOps):
     """The tensors that describe one stored linear weight -> codes and scales, checked."""
 
     def __init__(self, quantizer: OneGpuQuantizer) -> None:
@@ -126,7 +137,7 @@ class DeserializeLinear(ConversionOps):
         return PassThrough()
 
 
-class DeserializeExperts(ConversionOps):
+class DeserializeExperts(SharedOps):
     """Stored tensors of a stacked weight -> its codes and scales.
 
     `sources` are the patterns of the per-expert weights that make up one stacked weight, in order (gate, then up), or
