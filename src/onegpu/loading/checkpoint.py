@@ -7,8 +7,10 @@ itself, points outside its folder or describes a weight it does not hold is a `C
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+Reader = Callable[[str], Tensor]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -57,10 +60,16 @@ class Checkpoint:
 
     tensors: Mapping[str, TensorInfo]
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into memory."""
-        with safe_open(self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+    @contextmanager
+    def reader(self) -> Iterator[Reader]:
+        """A function that reads a tensor into memory by its name. Each file is opened once, its header parsed once."""
+        with ExitStack() as stack:
+
+            @cache
+            def opened(file: Path) -> Any:
+                return stack.enter_context(safe_open(file, framework="pt"))
+
+            yield lambda name: opened(self.tensors[name].file).get_tensor(name)
 
     def placeholder(self, name: str) -> Tensor:
         """A tensor of the right shape and dtype on the meta device."""
@@ -73,23 +82,24 @@ class Checkpoint:
         Raises:
             CheckpointError: a description that is damaged or does not fit the tensors beside it.
         """
-        for name in self.tensors:
-            if found := quantized_name(name):
-                yield found[0], self.spec_4bit(found[0])
-            elif name.endswith(".SCB"):
-                yield self.spec_8bit(name.removesuffix(".SCB"))
+        with self.reader() as read:
+            for name in self.tensors:
+                if found := quantized_name(name):
+                    yield found[0], self.spec_4bit(found[0], read)
+                elif name.endswith(".SCB"):
+                    yield self.spec_8bit(name.removesuffix(".SCB"), read)
 
-    def spec_4bit(self, parameter: str) -> WeightSpec:
+    def spec_4bit(self, parameter: str, read: Reader) -> WeightSpec:
         """The checked description of one 4-bit weight."""
         big = (parameter, f"{parameter}.absmax")
         beside = [name for name in self.tensors if name == parameter or name.startswith(f"{parameter}.")]
-        described = {name: self.placeholder(name) if name in big else self.read(name) for name in beside}
+        described = {name: self.placeholder(name) if name in big else read(name) for name in beside}
         _, absmax, state = from_tensors_4bit(parameter, described)
         storage = str(described[parameter].dtype).removeprefix("torch.")
         nested = not isinstance(absmax, Tensor)
         return WeightSpec(state.quant_type, state.shape, state.dtype, state.blocksize, nested, storage)
 
-    def spec_8bit(self, module: str) -> tuple[str, WeightSpec]:
+    def spec_8bit(self, module: str, read: Reader) -> tuple[str, WeightSpec]:
         """(parameter name, checked description) of one 8-bit weight.
 
         A linear layer's scales lie beside its weight (`q_proj.SCB`, `q_proj.weight`), those of a stacked weight under
@@ -104,7 +114,7 @@ class Checkpoint:
         small = f"{module}.weight_format"
         described = {name: self.placeholder(name) for name in (parameter, f"{module}.SCB")}
         if small in self.tensors:
-            described[small] = self.read(small)
+            described[small] = read(small)
         if parameter == module:
             return parameter, WeightSpec("int8", self.tensors[parameter].shape, "float16")
         codes, _ = from_tensors_8bit(module, described)
