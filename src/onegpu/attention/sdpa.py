@@ -97,21 +97,29 @@ def judge(backend: str, call: Call) -> SdpaVerdict:
     """Our rules, and on a GPU torch's word over them."""
     reasons = list(dict.fromkeys(reason for rule in RULES[backend] for reason in rule(call)))
     if call.on_gpu and backend in ASK and all(tensor.dim() == 4 for tensor in (call.q, call.k, call.v)):
-        can, said = ask_torch(backend, call)
-        if can:
+        if can_run(backend, call):
             return SdpaVerdict(backend, True, [])
-        return SdpaVerdict(backend, False, reasons or [(said, "")])
+        return SdpaVerdict(backend, False, reasons or [(torchs_words(backend, call), "")])
     return SdpaVerdict(backend, not reasons, reasons)
 
 
-def ask_torch(backend: str, call: Call) -> tuple[bool, str]:
-    """Torch's own verdict, and the words it gives with a refusal."""
-    params = switches.SDPAParams(call.q, call.k, call.v, call.mask, call.dropout_p, call.is_causal, call.enable_gqa)
+def params_of(call: Call) -> Any:
+    """The call as torch's questions take it."""
+    return switches.SDPAParams(call.q, call.k, call.v, call.mask, call.dropout_p, call.is_causal, call.enable_gqa)
+
+
+def can_run(backend: str, call: Call) -> bool:
+    """Torch's own verdict, without its words: some versions write them to stderr past Python."""
+    return bool(ASK[backend](params_of(call), False))
+
+
+def torchs_words(backend: str, call: Call) -> str:
+    """What torch says to a refusal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        can = bool(ASK[backend](params, True))
+        ASK[backend](params_of(call), True)
     said = [str(warning.message).partition(" (Triggered internally")[0].strip() for warning in caught]
-    return can, "; ".join(dict.fromkeys(said)) or "torch refuses it without a reason"
+    return "; ".join(dict.fromkeys(said)) or "torch refuses it without a reason"
 
 
 def chosen_by_torch(call: Call, verdicts: list[SdpaVerdict]) -> str | None:
