@@ -82,17 +82,28 @@ class Checkpoint:
         Raises:
             CheckpointError: a description that is damaged or does not fit the tensors beside it.
         """
+        families = self.families({found[0] for name in self.tensors if (found := quantized_name(name))})
         with self.reader() as read:
             for name in self.tensors:
                 if found := quantized_name(name):
-                    yield found[0], self.spec_4bit(found[0], read)
+                    yield found[0], self.spec_4bit(found[0], families[found[0]], read)
                 elif name.endswith(".SCB"):
                     yield self.spec_8bit(name.removesuffix(".SCB"), read)
 
-    def spec_4bit(self, parameter: str, read: Reader) -> WeightSpec:
-        """The checked description of one 4-bit weight."""
+    def families(self, parameters: set[str]) -> dict[str, list[str]]:
+        """For each parameter the names of its tensors: its own and those under it."""
+        found: dict[str, list[str]] = {parameter: [] for parameter in parameters}
+        for name in self.tensors:
+            owner = name
+            while owner and owner not in parameters:
+                owner = owner.rpartition(".")[0]
+            if owner:
+                found[owner].append(name)
+        return found
+
+    def spec_4bit(self, parameter: str, beside: Iterable[str], read: Reader) -> WeightSpec:
+        """The checked description of one 4-bit weight, by the tensors of its family."""
         big = (parameter, f"{parameter}.absmax")
-        beside = [name for name in self.tensors if name == parameter or name.startswith(f"{parameter}.")]
         described = {name: self.placeholder(name) if name in big else read(name) for name in beside}
         _, absmax, state = from_tensors_4bit(parameter, described)
         storage = str(described[parameter].dtype).removeprefix("torch.")
