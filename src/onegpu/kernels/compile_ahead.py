@@ -166,7 +166,4 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 def quietly(task: Callable[[], object], device: torch.device) -> None:
     """Run a task in a thread; what it raises will be raised again where it is needed."""
     with suppress(Exception), torch.no_grad(), current(device):
-        if device.type == "cuda":
-            # A launch makes the device's context that of this thread, which cuBLAS would do with a warning.
-            torch.zeros(1, device=device)
         task()

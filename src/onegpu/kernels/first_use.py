@@ -55,6 +55,8 @@ class FirstUse:
     def run(self, task: Callable[[], object]) -> None:
         """One task on the device."""
         with suppress(Exception), torch.no_grad(), torch.cuda.device(self.device):
+            # A launch makes the device's context that of this thread, which cuBLAS would do with a warning.
+            torch.zeros(1, device=self.device)
             task()
 
     def wait(self) -> None:
