@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kernels.cases import Weight4bit, assert_no_worse, exact_product, normal, run_captured, weight_4bit
+from kernels.sass import instructions
 from onegpu.config import BLOCKSIZES
 from onegpu.formats import tiling
 from onegpu.kernels.gemm_codes_config import MAX_SHARED, PAIRED, TOKENS, Config, Shape, configure, shared_bytes, stages
@@ -81,10 +79,7 @@ def test_compiles_without_spills(
     (kept,) = (tmp_path / "cuda").glob("gemm_codes-*.cubin")
     assert kept.read_bytes() == code
     assert nvrtc.compile_source(made, gemm.ARCHITECTURE) == code, "the second time from the cache folder"
-    triton = Path(importlib.util.find_spec("triton").origin).parent
-    command = [str(triton / "backends" / "nvidia" / "bin" / "nvdisasm"), "-c", str(kept)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
+    names = instructions(kept)
     assert not {"LDL", "STL"} & set(names)
     for name, count in (DECODING[bits], ("HGMMA", 8)):
         assert names.count(name) == count, name

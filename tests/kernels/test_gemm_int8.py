@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.cases import assert_no_worse, normal, run_captured
+from kernels.sass import instructions
 from onegpu.kernels import reference
 from onegpu.kernels.gemm_codes_config import INT8_TOKENS, MAX_SHARED, Config, Shape, configure, shared_bytes, stages
 
@@ -48,10 +46,7 @@ def test_products_keep_their_sums_in_registers(
     kind = gemm.Kind(tokens, 8, 1, dtype, gated=False, activation=None, x_bits=8)
     nvrtc.compile_source(gemm.source(kind), gemm.ARCHITECTURE)
     (kept,) = (tmp_path / "cuda").glob("gemm_codes-*.cubin")
-    triton = Path(importlib.util.find_spec("triton").origin).parent
-    command = [str(triton / "backends" / "nvidia" / "bin" / "nvdisasm"), "-c", str(kept)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", text, re.MULTILINE)
+    names = instructions(kept)
     places = [place for place, name in enumerate(names) if name == "IGMMA"]
     assert len(places) >= 4
     assert not {"LDL", "STL"} & set(names[places[0] : places[-1]])

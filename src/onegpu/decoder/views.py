@@ -141,7 +141,7 @@ class HostDecodeView(DecodeView):
 
 
 def of_row(rows: Tensor, row: int) -> Tensor:
-    """One of several rows, [1, ...]. A few microseconds a layer are what a step on a CPU has to lose."""
+    """One of several rows, [1, ...]. A view costs microseconds, of which a step on a CPU has few to lose."""
     return rows if rows.shape[0] == 1 else rows.narrow(0, row, 1)
 
 

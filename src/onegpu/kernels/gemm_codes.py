@@ -52,7 +52,7 @@ CAPACITY: Final = 128
 
 
 class Codebook(ctypes.Structure):
-    """The 16 values of a code, times what makes them fit a table, and one over that."""
+    """The 16 values of a code, times what makes them fit a table, and one over that. Codes of 8 bits need none."""
 
     _fields_ = (("value", ctypes.c_float * 16), ("inverse", ctypes.c_float))
 
@@ -64,21 +64,8 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("bias", "row_stats", "residual", "y", "parts", "tickets")),
         *((name, ctypes.c_void_p) for name in ("x_stats", "outlier_count", "outlier_columns", "x", "codes")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride", "x_stride", "code_stride")),
-        *(
-            (name, ctypes.c_int)
-            for name in (
-                "M",
-                "N",
-                "K",
-                "scale_shift",
-                "whole",
-                "splits",
-                "tiles_each",
-                "bias_kind",
-                "vectors",
-                "overlap",
-            )
-        ),
+        *((name, ctypes.c_int) for name in ("M", "N", "K", "scale_shift", "whole", "splits", "tiles_each")),
+        *((name, ctypes.c_int) for name in ("bias_kind", "vectors", "overlap")),
     )
 
 
@@ -140,7 +127,7 @@ class Kind:
     """What the kernel is compiled for.
 
     Attributes:
-        tokens: rows of x of one program.
+        tokens: rows of x of a work.
         bits: of a code.
         groups: scales of a row in 64 columns, 2 for blocks of 32.
         blocks: programs of a processor at a time.
@@ -338,8 +325,7 @@ def gemm_8bit(
     config = configure(rows.shape[0], N, K, processors(rows.device)) if config is None else config
     kind = Kind(config.tokens, 8, 1, rows.dtype, gated, activation, config.blocks)
     maps = (map_codes(codes, copied_rows(kind)), map_nothing())
-    values = codebook("nf4", rows.dtype, of_sums=False)  # of no use here
-    multiply(y, rows, maps, values, bias, residual, kind, config.splits, overlap=overlap, row_stats=row_stats)
+    multiply(y, rows, maps, Codebook(), bias, residual, kind, config.splits, overlap=overlap, row_stats=row_stats)
 
 
 def why_not_8bit(codes: Tensor) -> str | None:
@@ -401,10 +387,9 @@ def multiply(
         overlap=int(overlap),
     )
     left = map_rows(y, leaving(kind.shape)) if problem.vectors else map_nothing()
-    outlier_x = (
-        map_nothing() if left_out is None or left_out.outlier_x is None else map_rows(left_out.outlier_x, kind.tokens)
-    )
-    every = (map_rows(rows, kind.tokens), *maps, outlier_x, left)
+    outlier_x = None if left_out is None else left_out.outlier_x
+    outliers = map_nothing() if outlier_x is None else map_rows(outlier_x, kind.tokens)
+    every = (map_rows(rows, kind.tokens), *maps, outliers, left)
     arguments = (*(address_of(each) for each in every), ctypes.addressof(problem), ctypes.addressof(values))
     grid = min(whole + cut * splits, room)
     with on_device_of(rows):

@@ -35,8 +35,8 @@ SPLITS: Final = (1, 2, 3, 4, 6, 8)
 # Of so many tokens at most, two programs have registers enough.
 PAIRED: Final = 64
 ROWS: Final = 128
-# Clocks, fitted to 430 measured configurations of Llama-3.1-8B's four shapes at 8 to 4096 rows: what all begin
-# with; what a work begins and ends with, and adding up parts of K; a tile of 64 columns, alone on a processor.
+# Clocks, fitted to 430 measured configurations of Llama-3.1-8B's four shapes at 8 to 4096 rows: what all begin with;
+# what a work begins and ends with, and adding up parts of K; a tile, alone on a processor.
 START: Final = 3330
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from onegpu.kernels.gemm_codes import (
     CAPACITY,
+    Codebook,
     Kind,
     LeftOut,
-    codebook,
     map_codes,
     map_nothing,
     multiply,
@@ -120,8 +120,7 @@ def gemm_int8(
         outlier_x, outlier_codes = gather_columns(x, codes, columns, count)
         left_out, more = LeftOut(x, x_stats, codes, count, columns, outlier_x), map_codes(outlier_codes, ROWS)
     maps = (map_codes(codes, ROWS, kind.shape.columns), more)
-    values = codebook("nf4", x.dtype, of_sums=False)  # of no use here
     multiply(
-        y, x_codes, maps, values, bias, None, kind, config.splits,
+        y, x_codes, maps, Codebook(), bias, None, kind, config.splits,
         overlap=False, row_stats=row_stats, left_out=left_out,
     )  # fmt: skip

@@ -5,7 +5,7 @@
 //   BITS       of a code: 4 or 8
 //   X_BITS     16, or 8 with BITS 8: x is codes too, but for some columns
 //   CAPACITY   of those columns, how many are at hand in 16 bit
-//   TOKENS     rows of x of one program: 32, 64, 96, ... 256
+//   TOKENS     rows of x of one work: 32, 64, 96, ... 256
 //   STAGES     tiles of x and W on their way
 //   BLOCKS     programs of a processor at a time: 2 hide each other's waits, 1 has room for more stages
 //   GROUPS     scales of a row in 64 columns: 2 for blocks of 32, else 1
@@ -359,8 +359,8 @@ __device__ __forceinline__ int outliers(const Problem &p) {
     return X_BITS == 8 && p.outlier_count ? *p.outlier_count : 0;
 }
 
-__device__ __forceinline__ int outlier_tiles(int outliers, const Place &at) {
-    return at.split == 0 ? (min(outliers, CAPACITY) + 63) / 64 : 0;
+__device__ __forceinline__ int outlier_tiles(int columns, const Place &at) {
+    return at.split == 0 ? (min(columns, CAPACITY) + 63) / 64 : 0;
 }
 
 // Calls copy(stage, k, place) for all tiles of this program's works, each when its stage is free; outliers' come last.
