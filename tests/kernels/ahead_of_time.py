@@ -1,4 +1,4 @@
-"""Compiles every kernel for given targets without a GPU, and prints one JSON line for each: spills, shared memory.
+"""Compiles every kernel for given targets without a GPU, and prints a line of JSON for each: spills, memory, registers.
 
 Run as a program: `python ahead_of_time.py 90 gfx942`. The interpreter must be off, hence a process of its own.
 """
@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from onegpu.kernels import dequantize, experts, matmul_4bit, matmul_8bit, quantize
+from onegpu.kernels import dequantize, experts, gemm_int8, matmul_4bit, matmul_8bit, quantize, quantize_rows
 from onegpu.kernels.launch import NO_CONTRACTION
 
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -27,8 +27,8 @@ NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdis
 THOROUGH = ("75", "90", "gfx942")
 FLOATS = ("absmax_ptr", "nested_absmax_ptr", "nested_code_ptr", "nested_offset_ptr", "x_stats_ptr", "row_stats_ptr")
 BYTES = ("packed_ptr", "outlier_ptr")
-CODES = ("codes_ptr", "x_codes_ptr")
-INTS = ("columns_ptr", "count_ptr", "starts_ptr")
+CODES = ("codes_ptr", "x_codes_ptr", "codes_out_ptr")
+INTS = ("columns_ptr", "count_ptr", "counters_ptr", "starts_ptr")
 LONGS = ("expert_ids_ptr", "order_ptr")
 
 
@@ -43,13 +43,12 @@ class Case:
     aligned: bool = True  # sizes are multiples of 16
 
 
-def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool) -> Iterator[Case]:
+def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool, overlaps: bool) -> Iterator[Case]:
     """What each launcher asks for on real shapes; every kernel at least once, more of its forms if `thorough`."""
     four_bit = {"QUANT_TYPE": "nf4", "BLOCKSIZE": 64}
     fp4 = {**four_bit, "QUANT_TYPE": "fp4"}
     plain = {"SCALE_SEARCH": False, "HAS_IMPORTANCE": False, "WHOLE": True, **quantize.tile_of(64, False)}
     search = {"SCALE_SEARCH": True, "HAS_IMPORTANCE": True, "WHOLE": True, **quantize.tile_of(64, True)}
-    rows = {"BLOCK_K": quantize.ROW_TILE}
     for nested in (False, True)[not thorough :]:
         settings = {**four_bit, "NESTED": nested, "WHOLE": True, **dequantize.tile_of(64)}
         yield Case(f"dequantize nested={nested}", dequantize.dequantize_kernel, settings, sixteen_bit)
@@ -61,10 +60,16 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool) -> I
         yield Case("quantize long", quantize.quantize_4bit_kernel, longest, "fp32")
         longest = {**fp4, "BLOCKSIZE": 4096, "NESTED": True, "WHOLE": False, **dequantize.tile_of(4096)}
         yield Case("dequantize long", dequantize.dequantize_kernel, longest, "fp32")
-    for K in (14336, 28672)[not thorough :]:
-        yield Case(f"quantize rows {K}", quantize.quantize_whole_rows_kernel, quantize.row_settings(K), sixteen_bit)
-    yield Case("row stats", quantize.row_stats_kernel, rows, sixteen_bit)
-    yield Case("quantize rows", quantize.quantize_rows_kernel, rows, sixteen_bit)
+    for K, outliers in ((4096, True), (28672, True), (4096, False), (28672, False), (14336, True))[
+        : 5 if thorough else 2
+    ]:
+        # Marks are the operator's, which lets nothing begin before it has ended.
+        lead = K != 28672 and outliers and overlaps
+        forms = {"OUTLIERS": outliers, "MARK": K == 28672, "OVERLAP": lead, "num_stages": 1}
+        settings = {**forms, **quantize_rows.row_settings(K)}
+        yield Case(f"quantize rows {K} {outliers}", quantize_rows.quantize_rows_kernel, settings, sixteen_bit)
+    clear = {"BLOCK_M": quantize_rows.CLEAR_ROWS, "BLOCK_O": quantize_rows.CLEAR_COLUMNS}
+    yield Case("clear columns", quantize_rows.clear_columns_kernel, clear, sixteen_bit)
     for M, K, nested, dtype in ((1, 4096, True, sixteen_bit), (64, 4096, True, sixteen_bit), (4, 4095, False, "fp32")):
         if (M > matmul_4bit.GEMV_ROWS and not has_dot) or (K == 4095 and not thorough):
             continue
@@ -83,7 +88,10 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool) -> I
                 yield Case(f"experts {S} {weight_format}", experts.tile_kernel, settings, sixteen_bit)
     if not has_dot:
         return
-    yield Case("list columns", matmul_8bit.list_columns_kernel, {"BLOCK_K": matmul_8bit.LIST_TILE}, sixteen_bit)
+    if overlaps:
+        gather = {"CAPACITY": gemm_int8.CAPACITY, "OVERLAP": True, "num_stages": 1, "launch_pdl": True}
+        gather |= {"BLOCK": gemm_int8.GATHER_ROWS, "TILE": gemm_int8.GATHER_COLUMNS}
+        yield Case("gather columns", gemm_int8.gather_columns_kernel, gather, sixteen_bit)
     for M, dtype in ((512, sixteen_bit), (512, "fp32"), (1, sixteen_bit), (64, "fp32"))[: 4 if thorough else 2]:
         settings = matmul_8bit._configure(M, narrow=narrow or dtype == "fp32")
         settings = {
@@ -121,24 +129,31 @@ def compile_for(case: Case, target: GPUTarget) -> dict[str, int]:
     options = {name: value for name, value in case.settings.items() if name not in types}
     source = ASTSource(fn=case.kernel, signature=types, constexprs=constants, attrs=divisible)
     compiled = triton.compile(source, target=target, options={**options, **NO_CONTRACTION})
+    sass = disassembled(compiled)
     return {
         "case": case.name,
         "target": str(target.arch),
         "shared": compiled.metadata.shared,
-        "spilled": spilled(compiled),
+        "spilled": len(re.findall(r"\b(?:STL|LDL)\b", sass)) if sass else spilled_by_amd(compiled),
+        "registers": max(map(int, re.findall(r"\bR(\d+)\b", sass)), default=-1) + 1,
     }
 
 
-def spilled(compiled: Any) -> int:
-    """Instructions (CUDA) or registers (AMD) that go through memory because registers ran out."""
+def disassembled(compiled: Any) -> str:
+    """Its machine code (CUDA), or nothing."""
     if "cubin" not in compiled.asm:
-        return sum(int(count) for count in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"]))
+        return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run([str(NVDISASM), "-c", file.name], capture_output=True, text=True, check=True).stdout
     assert "EXIT" in text
-    return len(re.findall(r"\b(?:STL|LDL)\b", text))
+    return text
+
+
+def spilled_by_amd(compiled: Any) -> int:
+    """Registers that go through memory because there are no more."""
+    return sum(int(count) for count in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"]))
 
 
 def main(architectures: list[str]) -> None:
@@ -148,7 +163,7 @@ def main(architectures: list[str]) -> None:
             GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32) if amd else GPUTarget("cuda", int(arch), 32)
         )
         sixteen_bit, has_dot = ("fp16", False) if arch == "75" else ("bf16", True)
-        for case in cases(sixteen_bit, has_dot=has_dot, narrow=amd, thorough=arch in THOROUGH):
+        for case in cases(sixteen_bit, has_dot=has_dot, narrow=amd, thorough=arch in THOROUGH, overlaps=arch == "90"):
             result = {"arch": arch, "case": case.name}
             try:
                 result |= compile_for(case, target)

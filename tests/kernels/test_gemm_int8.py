@@ -53,6 +53,27 @@ def test_products_keep_their_sums_in_registers(
     assert names.count("HGMMA") == 4 * tokens // 32
 
 
+@pytest.mark.parametrize("outliers", [0, 1, 5, 33, 64, 70, 128, 150, 160])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_columns_side_by_side(dtype: torch.dtype, outliers: int, device: torch.device) -> None:
+    """Zeros fill their last tile, and codes of x are cleared in all of them, those beyond the tiles too."""
+    module = pytest.importorskip("onegpu.kernels.gemm_int8")
+    wide = normal(130, 192).to(dtype).to(device)
+    x, codes = wide[:, 16:176], torch.randint(-127, 128, (70, 176), dtype=torch.int8)[:, :160].to(device)
+    x_codes = torch.randint(1, 128, (130, 160), dtype=torch.int8).to(device)
+    before = x_codes.clone()
+    columns = torch.randperm(160, generator=torch.Generator().manual_seed(outliers)).to(device, torch.int32)
+    count = torch.tensor([outliers], dtype=torch.int32, device=device)
+    x_out, codes_out = module.gather_columns(x, x_codes, codes, columns, count, overlap=True)
+    listed = columns[:outliers].long()
+    tiles = min(-(-outliers // 64) * 64, 128)
+    for out, source in ((x_out, x), (codes_out, codes)):
+        assert out.shape == (source.shape[0], 128)
+        assert torch.equal(out[:, : min(outliers, 128)], source[:, listed[:128]])
+        assert not out[:, outliers:tiles].any()
+    assert torch.equal(x_codes, without(before, listed))
+
+
 @pytest.fixture
 def gemm():
     module = pytest.importorskip("onegpu.kernels.gemm_int8")
@@ -68,14 +89,22 @@ def on_gpu(*shape: int, seed: int = 0) -> Tensor:
 
 
 def quantized(x: Tensor, outliers: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Codes and scales of x without its first `outliers` columns of a random order, and the list of these."""
+    """Codes and scales of x without its first `outliers` columns of a random order, and the list of these.
+
+    The columns left out have codes all the same, which the product takes out.
+    """
     K = x.shape[1]
     order = torch.randperm(K, generator=torch.Generator().manual_seed(K)).to(x.device, torch.int32)
     kept = x.float()
     kept[:, order[:outliers].long()] = 0.0
     stats = kept.abs().amax(1)
-    codes = torch.round(kept * (127.0 / stats.clamp(min=1e-30))[:, None]).to(torch.int8)
+    codes = torch.round(x.float() * (127.0 / stats.clamp(min=1e-30))[:, None]).clamp(-127, 127).to(torch.int8)
     return codes, stats, (order, torch.tensor([outliers], dtype=torch.int32, device=x.device))
+
+
+def without(codes: Tensor, columns: Tensor) -> Tensor:
+    """A copy with code 0 in some columns."""
+    return codes.clone().index_fill_(1, columns, 0)
 
 
 def exact_result(
@@ -99,14 +128,17 @@ def test_product(gemm, N: int, K: int, outliers: int | None, dtype: torch.dtype)
         x = on_gpu(M, K, seed=M).to(dtype)
         x_codes, stats, listed = quantized(x, outliers or 0)
         columns = listed[0][: outliers or 0].long()
-        exact = exact_result(x, x_codes, stats, codes, row_stats, columns) + bias.double()
-        whole = reference.int8_product(x_codes, codes).float() * stats[:, None] * row_stats / 127**2
+        cleared = without(x_codes, columns)
+        exact = exact_result(x, cleared, stats, codes, row_stats, columns) + bias.double()
+        whole = reference.int8_product(cleared, codes).float() * stats[:, None] * row_stats / 127**2
         plain = whole + (x[:, columns].float() @ codes[:, columns].float().T) * row_stats / 127 + bias.float()
         for config in (None, *(Config(tokens) for tokens in INT8_TOKENS), Config(96, 2)):
             y = torch.full((M, N), float("nan"), dtype=dtype, device="cuda")
             given = None if outliers is None else listed
-            gemm.gemm_int8(y, x, x_codes, stats, codes, row_stats, bias, given, config)
+            given_codes = x_codes.clone()
+            gemm.gemm_int8(y, x, given_codes, stats, codes, row_stats, bias, given, config)
             assert_no_worse(y, plain.to(dtype), exact)
+            assert torch.equal(given_codes, cleared)
 
 
 @pytest.mark.gpu
@@ -141,5 +173,6 @@ def test_captured_with_other_outliers(gemm) -> None:
 
     captured = run_captured(call, change).clone()
     assert torch.equal(captured, call())
-    exact = exact_result(x, x_codes, stats, codes, row_stats, order[:140].long())
+    cleared = without(x_codes, order[:140].long())
+    exact = exact_result(x, cleared, stats, codes, row_stats, order[:140].long())
     assert float((captured.double() - exact).abs().max()) <= 2**-7 * float(exact.abs().max())

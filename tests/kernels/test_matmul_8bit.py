@@ -120,13 +120,12 @@ def test_ranks_strides_and_nothing(device: torch.device, matmul) -> None:
         assert torch.equal(y, matmul.linear_8bit(x.contiguous(), codes, row_stats, None, 6.0))
 
 
-@pytest.mark.parametrize("K", [1, 5, 1024, 1500])
-def test_list_of_columns(K: int, device: torch.device, matmul) -> None:
-    flags = torch.rand(K, generator=torch.Generator().manual_seed(K)) < 0.3
-    columns, count = matmul._list_columns(flags.to(device))
-    expected = flags.nonzero().view(-1)
-    assert count.tolist() == [len(expected)]
-    assert columns[: len(expected)].tolist() == expected.tolist()
+def test_outliers_of_one_call_are_gone_in_the_next(device: torch.device, matmul) -> None:
+    codes, row_stats = weight_8bit(20, 150)
+    there = codes.to(device), row_stats.to(device)
+    for columns in (150, 40, 3, 0):
+        x = with_outliers(50, 150, columns, torch.float32, seed=columns)
+        assert_close(matmul.linear_8bit(x.to(device), *there, None, 6.0), x, codes, row_stats, None, 6.0)
 
 
 @pytest.mark.gpu
@@ -169,3 +168,28 @@ def test_captured_and_without_waiting(M: int) -> None:
     out = run_captured(lambda: linear_8bit(x, codes, row_stats, None, 6.0), lambda: x.copy_(other))
     assert torch.equal(out, linear_8bit(other, codes, row_stats, None, 6.0))
     assert_close(out, other.cpu(), codes.cpu(), row_stats.cpu(), None, 6.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_int8_captured_with_other_outliers(
+    threshold: float, dtype: torch.dtype, matmul, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From few columns to more than come as tiles and back, whatever way the product takes on this card."""
+    monkeypatch.setattr(matmul, "weight_only_rows", lambda x, codes: 0)
+    codes, row_stats = weight_8bit(528, 1024)
+    there = [t.cuda() for t in (codes, row_stats)]
+    x = with_outliers(700, 1024, 5, dtype).cuda()
+    matmul.linear_8bit(x, *there, None, threshold)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = matmul.linear_8bit(x, *there, None, threshold)
+    for columns in (300, 0, 64, 1, 128, 129, 1024, 2):
+        other = with_outliers(700, 1024, columns, dtype, seed=columns)
+        x.copy_(other)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(out, other, codes, row_stats, None, threshold)
+        assert torch.equal(out, matmul.linear_8bit(other.cuda(), *there, None, threshold))

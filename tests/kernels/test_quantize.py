@@ -1,4 +1,4 @@
-"""The quantizing kernels against their definitions in `onegpu.formats`: the same bytes."""
+"""The kernel that quantizes to 4 bits against its definition in `onegpu.formats`: the same bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 
 from kernels.cases import DTYPES, normal, run_captured
 from onegpu.config import BLOCKSIZES
-from onegpu.formats import blockwise, codebooks, rowwise
-from onegpu.kernels import quantize_4bit, quantize_8bit_rows
+from onegpu.formats import blockwise, codebooks
+from onegpu.kernels import quantize_4bit
 
 
 @pytest.fixture
@@ -134,45 +134,6 @@ class TestScaleSearch:
         torch.testing.assert_close(absmax.cpu(), expected[1], rtol=0, atol=0)
 
 
-class TestQuantize8bitRows:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("threshold", [0.0, 1.0, 6.0])
-    @pytest.mark.parametrize(("M", "K"), [(1, 1), (5, 33), (3, 1100), (2, 16500)])
-    def test_bytes(self, dtype: torch.dtype, threshold: float, M: int, K: int, device: torch.device, quantize) -> None:
-        x = normal(M, K, dtype=dtype)
-        x[0, K // 2] = 6.0
-        for ours, expected in zip(
-            quantize.quantize_8bit_rows(x.to(device), threshold), rowwise.quantize_rows(x, threshold), strict=True
-        ):
-            assert ours.dtype == expected.dtype
-            assert torch.equal(ours.cpu(), expected)
-
-    def test_ties_and_edges(self, device: torch.device, quantize) -> None:
-        x = torch.zeros(6, 8)
-        x[0] = torch.tensor([127, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -126.5])
-        x[2, 1] = float("nan")
-        x[3, 1] = float("inf")
-        x[4] = torch.tensor([1e30, -1e30, 65504, 65519, 65520, 1, 0, -1])
-        x[5] = 1e-8
-        for threshold in (0.0, 5.996, 6.0, 1e9):
-            ours = quantize.quantize_8bit_rows(x.to(device), threshold)
-            expected = rowwise.quantize_rows(x, threshold)
-            for a, b in zip(ours, expected, strict=True):
-                torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
-
-    def test_the_threshold_is_a_float16(self, device: torch.device, quantize) -> None:
-        """5.9995 rounds up to 6 in float16, and 6 itself is an outlier of 6."""
-        x = torch.tensor([[5.9995, 6.0, 5.99, -6.0]])
-        assert quantize.quantize_8bit_rows(x.to(device), 6.0)[2].tolist() == [True, True, False, True]
-
-    def test_strided_and_empty(self, device: torch.device, quantize) -> None:
-        x = normal(40, 12)
-        for view in (x.t(), x[:, ::3], x[:0], x[:, :0]):
-            ours = quantize.quantize_8bit_rows(view.to(device), 1.0)
-            for a, b in zip(ours, rowwise.quantize_rows(view, 1.0), strict=True):
-                assert torch.equal(a.cpu(), b)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(
@@ -190,17 +151,6 @@ def test_real_shapes_4bit(dtype: torch.dtype, shape: tuple[int, int], where: str
     # The mean may differ in its last bit; the codes then differ in a few near ties.
     torch.testing.assert_close(nested.offset.cpu(), expected_nested.offset, rtol=2e-7, atol=0)
     assert (nested.codes.cpu() != expected_nested.codes).float().mean() <= 1e-3
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize(("shape", "where"), [((4096, 4096), "cuda"), ((257, 14336), "cpu"), ((1, 4095), "cpu")])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_real_shapes_8bit(dtype: torch.dtype, shape: tuple[int, int], where: str, threshold: float) -> None:
-    x = normal(*shape, dtype=dtype, device=where) * 1.7
-    ours = quantize_8bit_rows(x.cuda(), threshold)
-    for a, b in zip(ours, rowwise.quantize_rows(x, threshold), strict=True):
-        assert torch.equal(a.to(where), b)
 
 
 @pytest.mark.gpu
@@ -224,12 +174,4 @@ def test_captured_and_without_waiting_4bit(search: bool) -> None:
     other = normal(256, 192, seed=3).cuda()
     out = run_captured(lambda: quantize_4bit(weight, "nf4", 64, search), lambda: weight.copy_(other))
     for a, b in zip(out, quantize_4bit(other, "nf4", 64, search), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.gpu
-def test_captured_and_without_waiting_8bit() -> None:
-    x, other = normal(64, 300).cuda(), normal(64, 300, seed=3).cuda()
-    out = run_captured(lambda: quantize_8bit_rows(x, 3.0), lambda: x.copy_(other))
-    for a, b in zip(out, quantize_8bit_rows(other, 3.0), strict=True):
         assert torch.equal(a, b)

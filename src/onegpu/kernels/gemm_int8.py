@@ -7,6 +7,8 @@ as many as `CAPACITY` are tiles for the tensor cores; the kernel reads how many 
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import triton
 import triton.language as tl
@@ -24,15 +26,24 @@ from onegpu.kernels.gemm_codes import (
     why_not_gemm,
 )
 from onegpu.kernels.gemm_codes_config import ROWS, Config, configure
+from onegpu.kernels.gemv_rows import overlaps
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, processors
 
 __all__ = ["gemm_int8", "why_not_int8"]
 
 
-@triton.jit
+# Rows of x or of W that a program gathers, and columns at a time.
+GATHER_ROWS: Final = 64
+GATHER_COLUMNS: Final = 32
+# Columns that the product takes as one tile.
+PRODUCT_COLUMNS: Final = tl.constexpr(64)
+
+
+@triton.jit(do_not_specialize=["M", "N", "x_programs"])
 def gather_columns_kernel(
     x_ptr,  # [M, K]
     stride_xm,
+    x_codes_ptr,  # int8 [M, K]
     codes_ptr,  # int8 [N, K]
     stride_cn,
     columns_ptr,  # int32 [K]
@@ -41,40 +52,67 @@ def gather_columns_kernel(
     codes_out_ptr,  # int8 [N, CAPACITY]
     M,
     N,
+    K,
     x_programs,
     CAPACITY: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Outlier columns side by side, zeros after them to a whole tile; tiles without any are not written."""
+    """Outlier columns side by side, zeros after them to a whole tile, and code 0 for x in all of them.
+
+    Tiles without any are not written.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tile = tl.arange(0, TILE)
+    # Asked for beside the count: it waits for one of them, not for both in turn.
+    column = tl.load(columns_ptr + tile, mask=tile < K, other=0)
     count = tl.load(count_ptr)
-    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    if tl.program_id(1) * TILE < count:
-        column = tl.load(columns_ptr + place, mask=place < count, other=0).to(tl.int64)
-        program = tl.program_id(0)
-        if program < x_programs:
-            row = (program * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-            inside = (row < M)[:, None] & (place < count)[None, :]
-            value = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :], mask=inside, other=0.0)
-            tl.store(x_out_ptr + row[:, None] * CAPACITY + place[None, :], value, mask=(row < M)[:, None])
-        else:
-            row = ((program - x_programs) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-            inside = (row < N)[:, None] & (place < count)[None, :]
+    end = tl.cdiv(count, PRODUCT_COLUMNS) * PRODUCT_COLUMNS
+    program = tl.program_id(0)
+    if program < x_programs:
+        row = (program * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        is_row = (row < M)[:, None]
+        for start in range(0, end, TILE):
+            place = start + tile
+            inside = is_row & (place < count)[None, :]
+            if start < CAPACITY:
+                value = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :], mask=inside, other=0.0)
+                tl.store(x_out_ptr + row[:, None] * CAPACITY + place[None, :], value, mask=is_row)
+            tl.store(x_codes_ptr + row[:, None] * K + column[None, :], tl.zeros((BLOCK, TILE), tl.int8), mask=inside)
+            column = tl.load(columns_ptr + place + TILE, mask=place + TILE < count, other=0)
+    else:
+        row = ((program - x_programs) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        is_row = (row < N)[:, None]
+        for start in range(0, tl.minimum(end, CAPACITY), TILE):
+            place = start + tile
+            inside = is_row & (place < count)[None, :]
             code = tl.load(codes_ptr + row[:, None] * stride_cn + column[None, :], mask=inside, other=0)
-            tl.store(codes_out_ptr + row[:, None] * CAPACITY + place[None, :], code, mask=(row < N)[:, None])
+            tl.store(codes_out_ptr + row[:, None] * CAPACITY + place[None, :], code, mask=is_row)
+            column = tl.load(columns_ptr + place + TILE, mask=place + TILE < count, other=0)
 
 
-def gather_columns(x: Tensor, codes: Tensor, columns: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """The first `CAPACITY` of the listed columns: of x [M, CAPACITY], of codes [N, CAPACITY]."""
-    M, N = x.shape[0], codes.shape[0]
+def gather_columns(
+    x: Tensor, x_codes: Tensor, codes: Tensor, columns: Tensor, count: Tensor, *, overlap: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The first `CAPACITY` of the listed columns, of x [M, CAPACITY] and of codes [N, CAPACITY].
+
+    In `x_codes` all of the listed columns become 0. With `overlap` it begins before the kernel in front has ended, of
+    which nothing is read before it has, and lets the next one begin.
+    """
+    (M, K), N = x.shape, codes.shape[0]
     x_out = torch.empty(M, CAPACITY, dtype=x.dtype, device=x.device)
     codes_out = torch.empty(N, CAPACITY, dtype=torch.int8, device=x.device)
-    block, tile = 32, 64
-    x_programs = triton.cdiv(M, block)
+    x_programs = triton.cdiv(M, GATHER_ROWS)
+    overlap = overlaps(x.device, overlap)
+    launch = {"launch_pdl": True} if overlap else {}
     with on_device_of(x):
-        gather_columns_kernel[(x_programs + triton.cdiv(N, block), CAPACITY // tile)](
-            x, x.stride(0), codes, codes.stride(0), columns, count, x_out, codes_out, M, N, x_programs,
-            CAPACITY=CAPACITY, BLOCK=block, TILE=tile, num_warps=4, **NO_CONTRACTION,
+        gather_columns_kernel[(x_programs + triton.cdiv(N, GATHER_ROWS),)](
+            x, x.stride(0), x_codes, codes, codes.stride(0), columns, count, x_out, codes_out, M, N, K, x_programs,
+            CAPACITY=CAPACITY, OVERLAP=overlap, BLOCK=GATHER_ROWS, TILE=GATHER_COLUMNS, num_warps=4, num_stages=1,
+            **launch, **NO_CONTRACTION,
         )  # fmt: skip
     return x_out, codes_out
 
@@ -102,9 +140,11 @@ def gemm_int8(
     Args:
         y: [M, N], contiguous, in the dtype of x.
         x: [M, K], bfloat16 or float16, elements of a row side by side; `why_not_int8` is None.
-        x_codes, x_stats: int8 [M, K] and float32 [M]: x without its outlier columns, `quantize_8bit_rows`.
+        x_codes, x_stats: int8 [M, K] and float32 [M]: x without its outliers, `quantize_and_list`. Codes in the listed
+            columns become 0.
         codes, row_stats: int8 [N, K] and float32 [N], of W.
-        outliers: int32 [K] and int32 [1]: columns that `x_codes` leaves out, and how many; None: none.
+        outliers: int32 [K] and int32 [1]: columns that `x_codes` leaves out, and how many; None: none. The kernel in
+            front may have let this one begin: they are read after it.
         config: instead of `configure`'s choice.
 
     Raises:
@@ -117,7 +157,7 @@ def gemm_int8(
         left_out, more = LeftOut(x, x_stats, codes), map_nothing()
     else:
         columns, count = outliers
-        outlier_x, outlier_codes = gather_columns(x, codes, columns, count)
+        outlier_x, outlier_codes = gather_columns(x, x_codes, codes, columns, count, overlap=True)
         left_out, more = LeftOut(x, x_stats, codes, count, columns, outlier_x), map_codes(outlier_codes, ROWS)
     maps = (map_codes(codes, ROWS, kind.shape.columns), more)
     multiply(

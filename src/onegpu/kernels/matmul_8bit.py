@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """LLM.int8() on the device: y = x @ W.T + bias with int8 rows on both sides and outlier columns in the dtype of x.
 
-    row_stats_kernel, quantize_rows_kernel   x to int8 rows; flags of outlier columns (see `quantize`)
-    list_columns_kernel                      flags to a list of columns and their number, in device memory
-    int8_kernel                              int8 products into int32, then a loop over the listed columns; on Hopper
-                                             `gemm_int8` instead
+    quantize_rows_kernel   x to int8 rows; the outlier columns, listed in device memory (see `quantize_rows`)
+    clear_columns_kernel   code 0 in those columns
+    int8_kernel            int8 products into int32, then a loop over the listed columns
+
+On Hopper `gemm_int8` does the last two.
 
 Up to `weight_only_rows` rows of 16-bit x, reading W is what takes time and x stays as it is (`gemv_8bit`): at least as
 exact, outliers need no list, and a row's result does not depend on the others of its call. The threshold then has no
@@ -27,13 +28,12 @@ from onegpu.kernels.gemm_int8 import gemm_int8, why_not_int8
 from onegpu.kernels.gemv_8bit import linear_8bit_rows
 from onegpu.kernels.gemv_16bit import few_rows
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of
-from onegpu.kernels.quantize import quantize_8bit_rows
+from onegpu.kernels.quantize_rows import clear_columns, quantize_and_list
 
 __all__ = ["linear_8bit", "weight_only_rows"]
 
 INVERSE_16129 = tl.constexpr(6.2000122852623463e-05)
 INVERSE_127_32 = tl.constexpr(INVERSE_127)
-LIST_TILE = 1024
 # Outlier columns per step; twice as many would spill registers.
 OUTLIER_TILE = 16
 # Beyond, int8 tensor cores make up for the kernels that quantize x: later where `gemm_8bit` runs, latest for small
@@ -42,24 +42,6 @@ WEIGHT_ONLY_ROWS = 32
 WEIGHT_ONLY_GEMM_ROWS = 256
 SMALL_WEIGHT = 2**24
 SMALL_WEIGHT_GEMM_ROWS = 2048
-
-
-@triton.jit
-def list_columns_kernel(
-    outlier_ptr,  # uint8 [K]
-    columns_ptr,  # int32 [K]
-    count_ptr,  # int32 [1]
-    K,
-    BLOCK_K: tl.constexpr,
-):
-    count = tl.zeros((1,), tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        flag = tl.load(outlier_ptr + k, mask=k < K, other=0).to(tl.int32)
-        place = count + tl.cumsum(flag, axis=0) - flag
-        tl.store(columns_ptr + place, k, mask=flag != 0)
-        count += tl.sum(flag, axis=0)
-    tl.store(count_ptr + tl.arange(0, 1), count)
 
 
 @triton.jit
@@ -157,13 +139,16 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
     if weight_only_rows(x, codes) >= M:
         return linear_8bit_rows(x, codes, row_stats, bias)
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    x_codes, x_stats, outlier_cols = quantize_8bit_rows(rows, threshold)
     bias = None if bias is None else bias.detach().contiguous()
-    has_outliers = threshold > 0
-    listed = _list_columns(outlier_cols) if has_outliers else None
+    row_stats = row_stats.contiguous()
     if why_not_int8(rows, codes) is None:
-        gemm_int8(y, rows, x_codes, x_stats, codes, row_stats.contiguous(), bias, listed)
+        x_codes, x_stats, listed = quantize_and_list(rows, threshold, lead=True)
+        gemm_int8(y, rows, x_codes, x_stats, codes, row_stats, bias, listed)
         return y.view(*x.shape[:-1], N)
+    x_codes, x_stats, listed = quantize_and_list(rows, threshold)
+    has_outliers = listed is not None
+    if listed is not None:
+        clear_columns(x_codes, *listed)
     columns, count = listed or (x_stats, x_stats)
     narrow = (has_outliers and x.dtype == torch.float32) or torch.version.hip is not None
     tiles = _configure(M, narrow=narrow)
@@ -176,7 +161,7 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
             columns,
             count,
             codes.contiguous(),
-            row_stats.contiguous(),
+            row_stats,
             y if bias is None else bias,
             y,
             M,
@@ -190,16 +175,6 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
             **NO_CONTRACTION,
         )
     return y.view(*x.shape[:-1], N)
-
-
-def _list_columns(outlier_cols: Tensor) -> tuple[Tensor, Tensor]:
-    K = outlier_cols.shape[0]
-    columns = torch.empty(K, dtype=torch.int32, device=outlier_cols.device)
-    count = torch.empty(1, dtype=torch.int32, device=outlier_cols.device)
-    block = min(LIST_TILE, triton.next_power_of_2(K))
-    with on_device_of(outlier_cols):
-        list_columns_kernel[(1,)](outlier_cols.view(torch.uint8), columns, count, K, BLOCK_K=block, num_warps=4)
-    return columns, count
 
 
 def _configure(M: int, *, narrow: bool) -> dict[str, int]:

@@ -168,7 +168,7 @@ _quantize_8bit_rows = bind(
     check=checks.quantize_8bit_rows,
     fake=fake_quantize_8bit_rows,
     plain=reference.quantize_8bit_rows,
-    cuda="onegpu.kernels.quantize",
+    cuda="onegpu.kernels.quantize_rows",
 )
 _linear_8bit = bind(
     "linear_8bit(Tensor x, Tensor codes, Tensor row_stats, Tensor? bias, float threshold=0.0) -> Tensor",

@@ -1,20 +1,19 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment, misc"
-"""Weights to 4-bit codes, and rows to int8, on the device.
+"""Weights to 4-bit codes on the device.
 
-Each kernel does the float32 steps of its definition in `onegpu.formats` in the same order, with IEEE reciprocals, so
+The kernel does the float32 steps of its definition in `onegpu.formats` in the same order, with IEEE reciprocals, so
 that the bytes are the same as on a CPU; only the sums of the scale search are added in another order.
-NaN in a block gives it scale 0, NaN in a row makes the row's stat NaN, as the definitions have it. Largest magnitudes
-are found on the bits of float32, whose order is that of the magnitudes, with NaN above infinity.
+NaN in a block gives it scale 0, as the definition has it. Largest magnitudes are found on the bits of float32, whose
+order is that of the magnitudes, with NaN above infinity.
 
-Plain quantization is bound by memory, which leaves some twenty instructions for a weight; the kernels take fewer, by
-having a weight stay in the thread that loaded it until its code is stored, 16 bytes of weights to a load. Programs of
-the 4-bit kernel are single warps, for the table of `codes` to be in reach of all their threads.
+Plain quantization is bound by memory, which leaves some twenty instructions for a weight; the kernel takes fewer, by
+having a weight stay in the thread that loaded it until its code is stored, 16 bytes of weights to a load. Programs are
+single warps, for the table of `codes` to be in reach of all their threads.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Final
 
 import torch
@@ -22,24 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onegpu.formats.blockwise import FLOAT16_MAX
 from onegpu.formats.scale_search import FACTOR_STEPS, MULTIPLIERS
 from onegpu.kernels.codes import encode, look_up, threshold_table, value_table
-from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, reciprocal, to_float16_range
+from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, reciprocal
 
-__all__ = ["float16_threshold", "quantize_4bit", "quantize_8bit_rows"]
+__all__ = ["quantize_4bit"]
 
-# Weights per program of the 4-bit kernel; the scale search keeps more of each in registers.
+# Weights per program; the scale search keeps more of each in registers.
 TILE = 2048
 SEARCH_TILE = 512
-# Elements per step of the kernels that see a row in parts, and the longest row that fits in registers as a whole.
-ROW_TILE = 2048
-WHOLE_ROW = 16384
 
 INFINITY_BITS: Final = tl.constexpr(0x7F800000)
 MAGNITUDE_BITS: Final = tl.constexpr(0x7FFFFFFF)
-# Added to a float32 below 2**22, it leaves the nearest whole number, half to even, in the low bits.
-MAGIC: Final = tl.constexpr(1.5 * 2.0**23)
 NF4_MULTIPLIERS: Final = tl.constexpr(MULTIPLIERS["nf4"])
 FP4_MULTIPLIERS: Final = tl.constexpr(MULTIPLIERS["fp4"])
 NUM_NF4_MULTIPLIERS: Final = tl.constexpr(len(MULTIPLIERS["nf4"]))
@@ -153,100 +146,14 @@ def quantize_4bit_kernel(
         tl.store(absmax_ptr + start + block, scale, mask=block * BLOCKSIZE < left)
 
 
-@triton.jit
-def to_int8(a, stat):
-    """codes = round-half-even(a * (1 / stat) * 127), zero for NaN."""
-    scaled = a * (reciprocal(stat) * 127.0)
-    scaled = tl.where(scaled == scaled, scaled, 0.0)
-    return (scaled + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def quantize_whole_rows_kernel(
-    x_ptr,  # [M, K]
-    stride_xm,
-    row_stats_ptr,  # float32 [M]
-    codes_ptr,  # int8 [M, K]
-    K,
-    BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr,  # 1 where BLOCK_K holds a row, which then is read once
-):
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * stride_xm
-    codes_ptr += row * K
-    k = tl.arange(0, BLOCK_K)
-    if STEPS == 1:
-        a = to_float16_range(tl.load(x_ptr + k, mask=k < K, other=0.0))
-        stat = largest_of(a, 0).to(tl.float32, bitcast=True)
-        tl.store(codes_ptr + k, to_int8(a, stat), mask=k < K)
-    else:
-        largest = tl.zeros((BLOCK_K,), tl.int32)
-        for start in range(0, K, BLOCK_K):
-            a = to_float16_range(tl.load(x_ptr + start + k, mask=k < K - start, other=0.0))
-            largest = tl.maximum(largest, a.to(tl.int32, bitcast=True) & MAGNITUDE_BITS)
-        stat = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-        for start in range(0, K, BLOCK_K):
-            a = to_float16_range(tl.load(x_ptr + start + k, mask=k < K - start, other=0.0))
-            tl.store(codes_ptr + start + k, to_int8(a, stat), mask=k < K - start)
-    tl.store(row_stats_ptr + row, stat)
-
-
-@triton.jit
-def row_stats_kernel(
-    x_ptr,  # [M, K]
-    stride_xm,
-    row_stats_ptr,  # float32 [M]
-    outlier_ptr,  # uint8 [K], zeros; becomes 1 where a column has an outlier
-    K,
-    limit,
-    BLOCK_K: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros((BLOCK_K,), tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        a = tl.abs(to_float16_range(tl.load(x_ptr + row * stride_xm + k, mask=k < K, other=0.0)))
-        is_outlier = a >= limit
-        # Every program that stores here stores the same value.
-        tl.store(outlier_ptr + k, tl.full((BLOCK_K,), 1, tl.uint8), mask=is_outlier & (k < K))
-        a = tl.where(is_outlier, 0.0, a)
-        largest = tl.maximum(largest, a.to(tl.int32, bitcast=True) & MAGNITUDE_BITS)
-    tl.store(row_stats_ptr + row, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def quantize_rows_kernel(
-    x_ptr,  # [M, K]
-    stride_xm,
-    row_stats_ptr,  # float32 [M]
-    outlier_ptr,  # uint8 [K]
-    codes_ptr,  # int8 [M, K]
-    K,
-    BLOCK_K: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    a = to_float16_range(tl.load(x_ptr + row * stride_xm + k, mask=k < K, other=0.0))
-    a = tl.where(tl.load(outlier_ptr + k, mask=k < K, other=0) != 0, 0.0, a)
-    tl.store(codes_ptr + row * K + k, to_int8(a, tl.load(row_stats_ptr + row)), mask=k < K)
-
-
 def tile_of(blocksize: int, scale_search: bool) -> dict[str, int]:
-    """How a program of the 4-bit kernel works: `BLOCKS`, `PARTS` and `num_warps`."""
+    """How a program works: `BLOCKS`, `PARTS` and `num_warps`."""
     if scale_search:
         # Blocks as long as a tile have their sums over more warps, and the table in shared memory.
         return {"BLOCKS": max(1, SEARCH_TILE // blocksize), "PARTS": 1, "num_warps": max(1, blocksize // SEARCH_TILE)}
     if blocksize > TILE:
         return {"BLOCKS": 1, "PARTS": 4, "num_warps": 4}
     return {"BLOCKS": TILE // blocksize, "PARTS": 8 if blocksize == TILE else 2, "num_warps": 1}
-
-
-def row_settings(K: int) -> dict[str, int]:
-    """How a program of `quantize_whole_rows_kernel` works: 32 elements to a thread, all of a row if they can be."""
-    block = max(256, triton.next_power_of_2(K))
-    if block > WHOLE_ROW:
-        return {"BLOCK_K": ROW_TILE, "STEPS": 2, "num_warps": 4}
-    return {"BLOCK_K": block, "STEPS": 1, "num_warps": max(1, block // 1024)}
 
 
 def quantize_4bit(
@@ -282,34 +189,3 @@ def quantize_4bit(
                 **NO_CONTRACTION,
             )
     return packed, absmax
-
-
-def quantize_8bit_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Launcher of the operator `quantize_8bit_rows`; its arguments have been checked.
-
-    With outliers two kernels, because the columns to leave out are known only when every row has been read.
-    """
-    M, K = x.shape
-    x = x.detach() if x.stride(1) == 1 else x.detach().contiguous()
-    codes = torch.empty(M, K, dtype=torch.int8, device=x.device)
-    row_stats = torch.empty(M, dtype=torch.float32, device=x.device)
-    outlier_cols = torch.zeros(K, dtype=torch.bool, device=x.device)
-    if M == 0 or K == 0:
-        return codes, row_stats.zero_(), outlier_cols
-    if threshold == 0:
-        with on_device_of(x):
-            quantize_whole_rows_kernel[(M,)](x, x.stride(0), row_stats, codes, K, **row_settings(K), **NO_CONTRACTION)
-        return codes, row_stats, outlier_cols
-    flags = outlier_cols.view(torch.uint8)
-    block = min(ROW_TILE, triton.next_power_of_2(K))
-    settings = {"BLOCK_K": block, "num_warps": 4, **NO_CONTRACTION}
-    with on_device_of(x):
-        row_stats_kernel[(M,)](x, x.stride(0), row_stats, flags, K, float16_threshold(threshold), **settings)
-        quantize_rows_kernel[(M, triton.cdiv(K, block))](x, x.stride(0), row_stats, flags, codes, K, **settings)
-    return codes, row_stats, outlier_cols
-
-
-@functools.cache
-def float16_threshold(threshold: float) -> float:
-    """The threshold as float16 has it; one above the range means its largest value, where inputs saturate."""
-    return float(torch.tensor(min(threshold, FLOAT16_MAX), dtype=torch.float16))
