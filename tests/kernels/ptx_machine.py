@@ -19,6 +19,7 @@ import numpy as np
 GAP = 1 << 40
 MASKS = {8: 0xFF, 16: 0xFFFF, 32: 0xFFFFFFFF, 64: 0xFFFFFFFFFFFFFFFF}
 SHARED_START = 0x400
+PAIRS = ("f16x2", "bf16x2")
 OPERAND = re.compile(r"\{[^{}]*\}|\[[^\[\]]*\]|[^,\s][^,]*")
 
 
@@ -204,6 +205,25 @@ class Machine:
     def float32(self, operand: str) -> np.ndarray:
         return self.bits(operand, 32).astype(np.uint32).view(np.float32)
 
+    def pair(self, operand: str, type_: str) -> np.ndarray:
+        """Both halves of a register in float64: [threads, 2]."""
+        bits = np.stack([self.bits(operand, 32) >> np.uint64(16 * i) & np.uint64(0xFFFF) for i in (0, 1)], 1)
+        if type_ == "f16x2":
+            return bits.astype(np.uint16).view(np.float16).astype(np.float64)
+        return (bits << np.uint64(16)).astype(np.uint32).view(np.float32).astype(np.float64)
+
+    def put_pair(self, operand: str, exact: np.ndarray, active: np.ndarray, type_: str) -> None:
+        """Results that need no rounding; any other would be rounded twice here."""
+        if type_ == "f16x2":
+            bits, held = exact.astype(np.float16).view(np.uint16), exact.astype(np.float16)
+        else:
+            bits = exact.astype(np.float32).view(np.uint32) >> 16
+            held = (bits << 16).view(np.float32)
+        if (held != exact).any():
+            raise PtxError(f"a result of {type_} is not exact")
+        bits = bits.astype(np.uint64)
+        self.put(operand, bits[:, 0] | bits[:, 1] << np.uint64(16), active, 32)
+
     def put(self, operand: str, value: np.ndarray, active: np.ndarray, width: int = 64) -> None:
         if value.dtype == np.float32:
             value = value.view(np.uint32)
@@ -294,6 +314,10 @@ class Machine:
 
     def do_fma(self, instruction: Instruction, active: np.ndarray) -> None:
         d, a, b, c = instruction.operands
+        type_ = instruction.opcode[-1]
+        if type_ in PAIRS:
+            self.put_pair(d, self.pair(a, type_) * self.pair(b, type_) + self.pair(c, type_), active, type_)
+            return
         exact = self.float32(a).astype(np.float64) * self.float32(b) + self.float32(c)
         self.put(d, exact.astype(np.float32), active)
 
@@ -337,6 +361,17 @@ class Machine:
             shift = np.uint64(8 * i)
             total = total + (x >> shift & np.uint64(255)) * (y >> shift & np.uint64(255))
         self.put(d, total, active, 32)
+
+    def do_shfl(self, instruction: Instruction, active: np.ndarray) -> None:
+        d, a, index, segments, members = instruction.operands
+        if instruction.opcode[1:] != ["sync", "idx", "b32"] or not active.all() or int(members, 0) != MASKS[32]:
+            raise PtxError("a shuffle other than by index among all lanes")
+        kept = np.uint64(int(segments, 0) >> 8)
+        if int(segments, 0) & 31 != 31:
+            raise PtxError("a shuffle with a limit")
+        thread = np.arange(self.threads, dtype=np.uint64)
+        lane = thread & kept | self.bits(index, 32) & ~kept & np.uint64(31)
+        self.put(d, self.bits(a, 32)[thread & ~np.uint64(31) | lane], active, 32)
 
     def do_setp(self, instruction: Instruction, active: np.ndarray) -> None:
         compare, type_ = instruction.opcode[1], instruction.opcode[-1]

@@ -2,10 +2,10 @@
 
 Codes are exact in bfloat16 and float16, so every way multiplies them as they are and scales float32 sums.
 
-few     `gemv_rows`, which reads W once for every 64 rows
+few     `gemv_int8` on NVIDIA, up to 32 rows, where rows of codes lie on 16 bytes
 more    `gemm_8bit` on Hopper: W widened on its way into the tensor cores
-else    up to SPLIT_ROWS `gemv_rows`; above, rows of W widened in scratch memory, then the vendor's library; also for
-        float32 x
+else    up to SPLIT_ROWS `gemv_rows`, which reads W once for every 64 rows; above, rows of W widened in scratch memory,
+        then the vendor's library; also for float32 x
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from onegpu.kernels import gemv_rows
 from onegpu.kernels.gemm_codes import gemm_8bit, why_not_8bit, why_not_gemm
 from onegpu.kernels.gemm_codes_config import least_rows
 from onegpu.kernels.gemv_16bit import few_rows, in_rows, on_16_bytes
+from onegpu.kernels.gemv_int8 import gemv_int8, why_not_gemv_int8, why_not_rows
+from onegpu.kernels.gemv_int8_config import MAX_ROWS, most_rows
 from onegpu.kernels.tail import out_features
 from onegpu.kernels.tail_device import float32_product, tail_of
 
@@ -49,6 +51,11 @@ def linear_8bit_rows(
     row_stats = row_stats.contiguous()
     bias = None if bias is None else bias.detach().contiguous()
     residual = None if residual is None else in_rows(residual)
+    if M == 0:
+        return y.view(shape)
+    if takes_gemv(rows, codes):
+        gemv_int8(y, on_16_bytes(rows), codes, row_stats, bias, residual, activation, gated, overlap=overlap)
+        return y.view(shape)
     if takes_gemm(rows, codes):
         gemm_8bit(
             y, on_16_bytes(rows), codes, row_stats, bias,
@@ -71,13 +78,21 @@ def linear_8bit_rows(
     return y.view(shape)
 
 
+def takes_gemv(rows: Tensor, codes: Tensor) -> bool:
+    """Whether `gemv_int8` runs, and is quicker than what else there is."""
+    M, (N, K) = rows.shape[0], codes.shape
+    if M > MAX_ROWS or why_not_gemv_int8(rows.device, rows.dtype) is not None or why_not_rows(codes) is not None:
+        return False
+    return most_rows(N, K) >= M or not runs_gemm(rows, codes)
+
+
 def takes_gemm(rows: Tensor, codes: Tensor) -> bool:
-    """Whether `gemm_8bit` runs, and is quicker than what else there is."""
-    return (
-        rows.shape[0] >= least_rows(codes.shape[0], codes.shape[1], 8)
-        and why_not_gemm(rows.device, rows.dtype) is None
-        and why_not_8bit(codes) is None
-    )
+    """Whether `gemm_8bit` runs, and is quicker than `gemv_rows`."""
+    return rows.shape[0] >= least_rows(codes.shape[0], codes.shape[1], 8) and runs_gemm(rows, codes)
+
+
+def runs_gemm(rows: Tensor, codes: Tensor) -> bool:
+    return why_not_gemm(rows.device, rows.dtype) is None and why_not_8bit(codes) is None
 
 
 def _product(rows: Tensor, codes: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""How the few-row int8 kernel is cut to a shape, and where it is the kernel to take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from onegpu.kernels.gemv_4bit_config import Config
+
+__all__ = ["CONFIGS", "MAX_ROWS", "configure", "is_even_k", "most_rows"]
+
+MAX_ROWS = 32
+
+# By rows of x (1, up to 8, 16, 32) and shape of W: `wide` from N = 16384 on, else `deep` from K = 8192 on, else
+# `narrow` up to N = 4096, else `small`. Chosen by counts, not yet measured: a warp has 4 KiB of W on their way, all of
+# a processor's warps at least 32 KiB; two tiles of rows for each x where rows of x are many.
+CONFIGS = {
+    (1, "narrow"): Config(8, 1, 1, 4, ahead=False),
+    (1, "small"): Config(4, 1, 1, 4, ahead=False),
+    (1, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True),
+    (1, "deep"): Config(8, 1, 1, 4, ahead=False),
+    (8, "narrow"): Config(8, 1, 1, 4, ahead=False),
+    (8, "small"): Config(4, 1, 1, 4, ahead=False),
+    (8, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True),
+    (8, "deep"): Config(8, 1, 1, 4, ahead=False),
+    (16, "narrow"): Config(8, 1, 1, 2, ahead=False),
+    (16, "small"): Config(4, 1, 1, 2, ahead=False),
+    (16, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True),
+    (16, "deep"): Config(8, 1, 1, 2, ahead=False),
+    (32, "narrow"): Config(8, 1, 2, 1, ahead=False),
+    (32, "small"): Config(8, 1, 2, 1, ahead=False),
+    (32, "wide"): Config(4, 1, 2, 1, ahead=False),
+    (32, "deep"): Config(8, 1, 2, 1, ahead=False),
+}
+
+
+def configure(M: int, N: int, K: int, gated: bool = False) -> Config:
+    """The configuration for M <= `MAX_ROWS` rows of x and a weight [N, K]; `gated` needs an even number of tiles."""
+    rows = next(limit for limit in (1, 8, 16, 32) if limit >= M)
+    shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "narrow" if N <= 4096 else "small"
+    config = CONFIGS[rows, shape]
+    if gated and config.tiles % 2:
+        config = replace(config, tiles=2 * config.tiles, unroll=max(1, config.unroll // 2))
+    return config.fitted(K)
+
+
+def is_even_k(config: Config, K: int) -> bool:
+    """Whether steps divide K, so that no load needs a guard."""
+    return K % 64 == 0 and config.is_even_k(K)
+
+
+def most_rows(N: int, K: int) -> int:  # noqa: ARG001
+    """Up to so many rows of x this kernel is taken for W [N, K] where `gemm_8bit` runs too."""
+    return 16
