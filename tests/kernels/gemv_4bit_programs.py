@@ -80,21 +80,21 @@ def disassemble(cubin: bytes) -> tuple[list[str], int, int]:
     return lines, registers, shared
 
 
-def loop_length(lines: list[str]) -> int:
-    """Instructions of a step: the smallest loop around the tensor core, less what it mostly jumps over."""
+def loop(lines: list[str]) -> list[str]:
+    """The instructions of a step: the smallest loop around the tensor core, less what it mostly jumps over."""
     labels = {line: i for i, line in enumerate(lines) if line.startswith(".L")}
     jumps = [(i, labels[target.group(1)]) for i, line in enumerate(lines) if (target := JUMP.search(line))]
     loops = [(to, at) for at, to in jumps if to < at and any("HMMA" in line for line in lines[to:at])]
     start, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    count = lambda i, j: sum(not line.startswith(".L") for line in lines[i:j])  # noqa: E731
-    skipped = [count(at + 1, to) for at, to in jumps if start < at < to <= end]
-    return count(start, end + 1) - max(skipped, default=0)
+    skipped = [(at + 1, to) for at, to in jumps if start < at < to <= end]
+    first, last = max(skipped, key=lambda part: part[1] - part[0], default=(end + 1, end + 1))
+    return [line for line in lines[start:first] + lines[last : end + 1] if not line.startswith(".L")]
 
 
-def measure(name: tuple[int, str], config: Config, arch: int, nested: bool) -> dict[str, Any]:
+def measure(name: tuple[int, str], config: Config, arch: int, nested: bool, steps: int) -> dict[str, Any]:
     M = name[0]
     dtype = "fp16" if arch < 80 else "bf16"
-    K = 64 * config.warps * config.unroll
+    K = 64 * config.warps * config.unroll * steps
     compiled, settings = compile_kernel(config, M, K, arch, dtype, dtype, nested=nested, overlap=arch >= 90)
     lines, registers, shared = disassemble(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
@@ -111,7 +111,7 @@ def measure(name: tuple[int, str], config: Config, arch: int, nested: bool) -> d
         "shared": shared,
         "declared": static + compiled.metadata.shared,
         "dynamic": compiled.metadata.shared,
-        "instructions_per_weight": loop_length(lines) / (32 * config.tiles * config.unroll),
+        "instructions_per_weight": len(loop(lines)) / (32 * config.tiles * config.unroll),
         "waits": sum("ACQBULK" in line for line in lines),
     }
 
@@ -122,14 +122,16 @@ def compile_all(architectures: list[str]) -> None:
     for arch in architectures:
         seen = set()
         for (kind, *name), config in shipped.items():
-            shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll)
+            shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll, config.ahead)
             if shape in seen:
                 continue
             seen.add(shape)
-            for nested in (False, True)[: 2 if arch == "90" and config.tiles <= 2 else 1]:
-                result = {"arch": arch, "rows": name[0], "nested": nested, "case": f"{kind} {name} {nested=}"}
+            # Three steps a row: blocks that do not divide 256, so that a factor does not stand for whole rows.
+            for nested, steps in ((False, 1), (True, 1), (True, 3))[: 3 if arch == "90" and config.tiles <= 2 else 1]:
+                case = f"{kind} {name} {nested=} {steps=}"
+                result = {"arch": arch, "rows": name[0], "nested": nested, "case": case}
                 try:
-                    result |= measure(tuple(name), config, int(arch), nested)
+                    result |= measure(tuple(name), config, int(arch), nested, steps)
                 except Exception as error:  # a failure is a result here
                     result["error"] = f"{type(error).__name__}: {error}"[-2000:]
                 emit(result)
@@ -154,6 +156,8 @@ def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any)
     codes = absmax
     if choices.get("nested"):
         codes, *nested = blockwise.quantize_absmax(absmax)
+        # Factors far apart, so that another's shows.
+        nested[0] *= 2.0 ** (torch.arange(len(nested[0])) % 4)
         absmax = blockwise.dequantize_absmax(blockwise.NestedAbsmax(codes, *nested))
         if choices.get("offsets"):
             offsets = nested[2] * torch.linspace(0.5, 2, -(-N // 16))
@@ -246,6 +250,20 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
         "bf16",
         {"nested": True, "offsets": True, "gated": True, "activation": "silu"},
     ),
+    "joined, 90 blocks a row": (
+        Config(4, 1, 2, 2),
+        1,
+        128,
+        5760,
+        "bf16",
+        {"nested": True, "offsets": True, "gated": True, "activation": "silu"},
+    ),
+    "two factors a row": (Config(16, 1, 1, 2), 1, 37, 14336, "bf16", {"nested": True, "overlap": True, "grid": 2}),
+    "two factors a row, guarded": (Config(4, 1, 1, 4), 5, 45, 5760, "bf16", {"nested": True, "grid": 1}),
+    "300 blocks a row": (Config(4, 1, 2, 2), 1, 41, 9600, "bf16", {"nested": True, "blocksize": 32, "grid": 1}),
+    "a factor for eight rows": (Config(8, 1, 1, 1), 5, 45, 2048, "bf16", {"nested": True, "grid": 1}),
+    "eight tiles a step": (Config(4, 1, 2, 4), 1, 77, 1024, "bf16", {"nested": True, "blocksize": 32, "grid": 2}),
+    "eight tiles a step, two factors": (Config(4, 1, 2, 4), 1, 41, 6144, "bf16", {"nested": True, "grid": 1}),
     "x not ahead": (Config(4, 1, 1, 2, ahead=False), 7, 30, 512, "bf16", {"nested": True}),
     "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "nested": True, "grid": 2}),
 }

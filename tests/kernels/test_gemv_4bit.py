@@ -22,9 +22,11 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
 # Registers that let three programs of four warps share a processor; with 32 rows, two of four or one of eight.
 REGISTERS = {4: 168, 8: 160, 16: 128}
 REGISTERS_32_ROWS = {4: 255, 8: 200}
+# With one row, 16 warps hold few bytes each: above this a second program would wait.
+HALF_OF_REGISTERS = 64
 # Of a step, by rows of x; an H100 issues 5.4 a weight in the time it reads one, and sustains about half of that.
 INSTRUCTIONS = {1: 2.5, 8: 3.0, 16: 3.2, 32: 5.0}
-NESTED_INSTRUCTIONS = 1.2
+NESTED_INSTRUCTIONS = 0.2
 # Beyond this Triton would have to ask for more at launch, and it does not know of what the assembly declares.
 SHARED = 48 * 1024
 
@@ -53,10 +55,12 @@ def ran() -> list[dict]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_within_budget(arch: str, compiled: list[dict]) -> None:
     mine = [result for result in compiled if result["arch"] == arch]
-    assert len(mine) == (27 if arch == "90" else 14)
+    assert len(mine) == (43 if arch == "90" else 15)
     assert not [result for result in mine if "error" in result]
     for result in mine:
         registers = (REGISTERS_32_ROWS if result["rows"] >= 32 else REGISTERS)[result["config"][0]]
+        if arch == "90" and result["rows"] == 1 and result["config"][0] == 16:
+            registers = HALF_OF_REGISTERS
         budget = INSTRUCTIONS[result["rows"]] + NESTED_INSTRUCTIONS * result["nested"]
         assert result["spilled"] == 0, result
         assert result["registers"] <= registers, result
@@ -80,7 +84,7 @@ def test_assembly_is_emitted_once(arch: str, compiled: list[dict]) -> None:
 @pytest.mark.slow
 def test_ptx_gives_the_product(ran: list[dict]) -> None:
     """No worse than dequantizing and multiplying, nothing read or written elsewhere, no threads parting."""
-    assert len(ran) == 44
+    assert len(ran) == 51
     assert not [result for result in ran if "failure" in result]
     for result in ran:
         assert result["error"] <= 1.1 * result["plain"], result

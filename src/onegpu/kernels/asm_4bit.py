@@ -3,8 +3,10 @@
 
 The pieces, in the order in which `gemv_4bit` uses them:
 
-    load_codes, load_scales, load_x    a lane's bytes of one tile, of its scales, of x
+    load_codes, load_scales, load_x    a lane's bytes of one tile, of its scales (`load_nested`: of what they are
+                                       computed from), of x
     fill_table                         256 pairs of table values in shared memory, a copy for each of 32 lanes
+    nested_scales, share               computed, and handed to the lanes that need them too
     multiply                           look up, then `mma.sync`: 16 rows x 64 columns times 8 (or 16, 32) rows of x
     sum_one_row, sum_rows              sums over the warps that share rows, through shared memory
     store                              scale, bias, one rounding, one element
@@ -44,9 +46,12 @@ __all__ = [
     "inverse_scale",
     "load_codes",
     "load_element",
+    "load_nested",
     "load_scales",
     "load_x",
     "multiply",
+    "nested_scales",
+    "share",
     "static_bytes",
     "store",
     "sum_one_row",
@@ -154,48 +159,89 @@ def load_codes_operands(unroll: int, guarded: bool) -> str:
 
 
 @triton.constexpr_function
-def load_scales(nested: bool, groups: int, guarded: bool) -> str:
-    """Scales of rows g and g + 8 for one tile, or what they are computed from; zeros where `guarded` and not loaded.
+def load_scales(groups: int, guarded: bool) -> str:
+    """Scales of rows g and g + 8 for one tile; zeros where `guarded` and not loaded.
 
-    Operands: plain, two float32 for each of `groups` blocks; nested, for each one word with two codes and two
-    float32. Then the address (and for nested two addresses a group), and whether to load.
+    Operands: two float32 out for each of `groups` blocks; the address, whether to load.
     """
-    count = (3 if nested else 2) * groups
+    count = 2 * groups
     text = "{ .reg .pred p;\n"
     if guarded:
         for i in range(count):
             text += f"mov.b32 ${i}, 0; "
-    text += f"setp.ne.b32 p, ${count + (1 + 2 * groups if nested else 1)}, 0;\n"
+    text += f"setp.ne.b32 p, ${count + 1}, 0;\n"
     for group in range(groups):
-        if nested:
-            i, address = 3 * group, count + 1 + 2 * group
-            text += "{ .reg .b16 h; mov.b16 h, 0; "
-            text += f"@p ld.global.b16 h, [${count} + {16 * group}]; cvt.u32.u16 ${i}, h; }}\n"
-            text += f"@p ld.global.f32 ${i + 1}, [${address}]; @p ld.global.f32 ${i + 2}, [${address + 1}];\n"
-        else:
-            i = 2 * group
-            text += f"@p ld.global.v2.f32 {{${i},${i + 1}}}, [${count} + {64 * group}];\n"
+        i = 2 * group
+        text += f"@p ld.global.v2.f32 {{${i},${i + 1}}}, [${count} + {64 * group}];\n"
     return text + "}"
 
 
 @triton.constexpr_function
-def load_scales_operands(nested: bool, groups: int) -> str:
-    if nested:
-        return ",".join(["=&r,=&f,=&f"] * groups) + ",l" + ",l,l" * groups + ",r"
+def load_scales_operands(groups: int) -> str:
     return outputs("f", 2 * groups) + ",l,r"
 
 
 @triton.constexpr_function
-def nested_scales() -> str:
-    """Two scales from codes and factors: map[code] * factor + offset, product and sum each rounded.
+def load_nested(groups: int, rows: int, with_factors: bool, guarded: bool) -> str:
+    """What the nested scales of one tile are computed from; zeros where `guarded` and not loaded.
 
-    Operands: two float32 out; the word of codes, two factors, the offset.
+    Operands: for each of `groups` blocks one word with the codes of `rows` rows (two for rows g and g + 8, or one),
+    and `with_factors` a float32 for each row out. Then the address of the codes, `with_factors` those of the factors,
+    and whether to load.
     """
-    text = "{ .reg .b32 c,a; .reg .f32 m;\n"
-    for i in range(2):
-        text += f"bfe.u32 c, $2, {8 * i}, 8; mov.u32 a, onegpu_map; mad.lo.u32 a, c, 4, a; ld.shared.f32 m, [a]; "
-        text += f"mul.rn.f32 m, m, ${3 + i}; add.rn.f32 ${i}, m, $5;\n"
+    factors = rows if with_factors else 0
+    count = groups + factors
+    text = "{ .reg .pred p;\n"
+    if guarded:
+        for i in range(count):
+            text += f"mov.b32 ${i}, 0; "
+    text += f"setp.ne.b32 p, ${count + 1 + factors}, 0;\n"
+    for group in range(groups):
+        # Straight into 32 bits: a conversion would have to wait for the load.
+        text += f"@p ld.global.u{8 * rows} ${group}, [${count} + {16 * group}];\n"
+    for i in range(factors):
+        text += f"@p ld.global.f32 ${groups + i}, [${count + 1 + i}];\n"
     return text + "}"
+
+
+@triton.constexpr_function
+def load_nested_operands(groups: int, rows: int, with_factors: bool) -> str:
+    factors = rows if with_factors else 0
+    return outputs("r", groups) + ",=&f" * factors + ",l" * (1 + factors) + ",r"
+
+
+@triton.constexpr_function
+def nested_scales(groups: int, rows: int) -> str:
+    """Scales from codes and factors: map[code] * factor + offset, product and sum each rounded.
+
+    Operands: a float32 out for each of `groups` blocks and `rows` rows; for each block a word of codes; a factor for
+    each row, the offset, the table's address.
+    """
+    count = groups * rows
+    factor = count + groups
+    offset, table = factor + rows, factor + rows + 1
+    text = f"{{ .reg .b32 a,o; .reg .f32 m; and.b32 a, ${table}, -128;\n"
+    for group in range(groups):
+        for i in range(rows):
+            text += f"dp4a.u32.u32 o, ${count + group}, 0x{4 << (8 * i):x}, a; ld.shared.f32 m, [o + {TABLE_BYTES}]; "
+            text += f"mul.rn.f32 m, m, ${factor + i}; add.rn.f32 ${rows * group + i}, m, ${offset};\n"
+    return text + "}"
+
+
+@triton.constexpr_function
+def nested_scales_operands(groups: int, rows: int) -> str:
+    return outputs("f", groups * rows) + ",r" * groups + ",f" * (rows + 1) + ",r"
+
+
+@triton.constexpr_function
+def share(first: int, second: int) -> str:
+    """The scales of rows g and g + 8, from the `first` and the `second` of each four lanes.
+
+    Operands: both out; what a lane has for each, the same where it has one alone.
+    """
+    return "".join(
+        [f"shfl.sync.idx.b32 ${i}, ${2 + i}, {lane}, 0x1c1f, 0xffffffff; " for i, lane in enumerate((first, second))]
+    )
 
 
 @triton.constexpr_function
@@ -216,12 +262,10 @@ def load_x_operands(guarded: bool) -> str:
 
 @triton.constexpr_function
 def declare(bytes_for_sums: int, nested: bool) -> str:
-    """Shared memory; must reach PTX exactly once."""
-    text = f".shared .align 128 .b8 onegpu_table[{TABLE_BYTES}];\n"
+    """Shared memory; must reach PTX exactly once. The map of nested scales lies behind the table."""
+    text = f".shared .align 128 .b8 onegpu_table[{TABLE_BYTES + (MAP_BYTES if nested else 0)}];\n"
     if bytes_for_sums:
         text += f".shared .align 16 .b8 onegpu_sums[{bytes_for_sums}];\n"
-    if nested:
-        text += f".shared .align 16 .b8 onegpu_map[{MAP_BYTES}];\n"
     return text
 
 
@@ -248,7 +292,7 @@ def fill_table(warps: int, quant_type: str, dtype: str, bytes_for_sums: int, nes
         text += "{ .reg .pred m; .reg .b64 g; .reg .b32 d; "
         for k in range(passes):
             text += f"add.u32 d, t, {k * threads}; setp.lt.u32 m, d, 256; mul.wide.u32 g, d, 4; add.u64 g, g, $1; "
-            text += "@m ld.global.f32 f, [g]; mov.u32 a, onegpu_map; mad.lo.u32 d, d, 4, a; @m st.shared.f32 [d], f;\n"
+            text += f"@m ld.global.f32 f, [g]; mad.lo.u32 d, d, 4, base; @m st.shared.f32 [d + {TABLE_BYTES}], f;\n"
         text += "}\n"
     for k in range(passes):
         text += f"shr.u32 e, t, {bits}; add.u32 e, e, {k * threads};\n"

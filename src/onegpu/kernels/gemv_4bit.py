@@ -6,8 +6,8 @@
     y = round(tail(t))                                    the activation and residual of `onegpu.kernels.tail`
 
 with table = the codebook times c, rounded to the dtype of x (`asm_4bit`), products exact, all sums in float32 and one
-rounding at the end. Nested scales are evaluated here, so only their 8-bit codes are read. W comes in the tiles of
-`onegpu.formats.tiling`.
+rounding at the end. Nested scales are evaluated here (`gemv_4bit_scales`), so only their 8-bit codes are read. W comes
+in the tiles of `onegpu.formats.tiling`.
 
 A warp takes `TILES` tiles of 16 rows by `UNROLL` tiles of 64 columns at a time; of a program's warps, `WARPS_N` lie
 side by side along rows of W and the rest split K. A program walks row groups with the stride of the grid, and every
@@ -34,8 +34,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onegpu.config import NESTED_BLOCKSIZE
 from onegpu.kernels import asm_4bit as asm
 from onegpu.kernels.gemv_4bit_config import Config, configure
+from onegpu.kernels.gemv_4bit_scales import (
+    dtype_name,
+    load_constants,
+    load_element,
+    load_scales,
+    nested_scales,
+    row_tile_of,
+    same,
+    scale_pair,
+)
 from onegpu.kernels.launch import NO_CONTRACTION, capability, nested_arguments, on_device_of, processors
 from onegpu.kernels.tail_device import activate
 
@@ -47,21 +58,6 @@ OLDEST_CAPABILITY = (7, 5)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-@triton.constexpr_function
-def same(kind, count):
-    return (kind,) * count
-
-
-@triton.constexpr_function
-def nested_types(groups):
-    return (tl.int32, tl.float32, tl.float32) * groups
-
-
-@triton.constexpr_function
-def dtype_name(dtype):
-    return dtype.name
-
-
 @triton.jit
 def zeros(like, count: tl.constexpr):
     out = ()
@@ -70,45 +66,11 @@ def zeros(like, count: tl.constexpr):
     return out
 
 
-@triton.constexpr_function
-def log2(value):
-    return value.bit_length() - 1
-
-
-@triton.jit
-def block_of(column_tile, BLOCKSIZE: tl.constexpr):
-    """The (first) block of a row that a tile of 64 columns lies in; shifts, since `//` minds the sign."""
-    if BLOCKSIZE == 32:
-        block = column_tile * 2
-    else:
-        block = column_tile >> log2(BLOCKSIZE // 64)
-    return block
-
-
-@triton.jit
-def row_tile_of(
-    group, warp_n, row_tiles, tile: tl.constexpr, WARPS_N: tl.constexpr, TILES: tl.constexpr, GATED: tl.constexpr
-):
-    """Which 16 rows of W the `tile`-th tile of a warp holds; beyond the last, some other that exists."""
-    if GATED:
-        half = row_tiles // 2
-        pair = (group * WARPS_N + warp_n) * (TILES // 2) + tile // 2
-        if WARPS_N * TILES > 2:
-            pair = tl.minimum(pair, half - 1)
-        row_tile = pair + tile % 2 * half
-    else:
-        row_tile = (group * WARPS_N + warp_n) * TILES + tile
-        if WARPS_N * TILES > 1:
-            row_tile = tl.minimum(row_tile, row_tiles - 1)
-    return row_tile
-
-
 @triton.jit
 def load_weights(
     tiled_ptr,
     absmax_ptr,
     nested_absmax_ptr,
-    nested_offset_ptr,
     lane,
     warp_n,
     warp_k,
@@ -119,29 +81,22 @@ def load_weights(
     K,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    BY_ROW: tl.constexpr,
     WARPS_N: tl.constexpr,
     WARPS_K: tl.constexpr,
     TILES: tl.constexpr,
     UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr,
     GATED: tl.constexpr,
-    OFFSETS: tl.constexpr,
 ):
-    """A lane's codes and scales of TILES x UNROLL tiles, and the offsets of TILES row tiles, as flat tuples."""
-    GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
+    """A lane's codes and scales of TILES x UNROLL tiles, as flat tuples."""
     columns = K // 64
-    blocks = K // BLOCKSIZE
     row_tiles = tl.cdiv(N, 16)
-    g = lane // 4
     first = step * (WARPS_K * UNROLL) + warp_k
     load = (lane * 0 + more).to(tl.int32)
     codes = ()
-    scales = ()
-    offsets = ()
     for t in tl.static_range(TILES):
         row_tile = row_tile_of(group, warp_n, row_tiles, t, WARPS_N, TILES, GATED)
-        if OFFSETS:
-            offsets = offsets + (load_element(nested_offset_ptr + lane * 0 + row_tile, load != 0),)  # noqa: RUF005
         address = (tiled_ptr + (row_tile * columns + first) * 128 + lane * 4).to(tl.int64)
         guards = (load,)
         if not EVEN_K:
@@ -156,54 +111,11 @@ def load_weights(
             is_pure=False,
             pack=1,
         )
-        for u in tl.static_range(UNROLL):
-            block = block_of(first + u * WARPS_K, BLOCKSIZE)
-            guard = guards[0 if EVEN_K else u]
-            address = row_tile * (blocks * 16) + block * 16 + g * 2
-            if NESTED:
-                addresses = ((absmax_ptr + address).to(tl.int64),)
-                for i in tl.static_range(GROUPS):
-                    upper = tl.minimum(row_tile * 16 + g, N - 1) * blocks + block + i
-                    lower = tl.minimum(row_tile * 16 + g + 8, N - 1) * blocks + block + i
-                    addresses = addresses + (  # noqa: RUF005
-                        (nested_absmax_ptr + (upper >> 8)).to(tl.int64),
-                        (nested_absmax_ptr + (lower >> 8)).to(tl.int64),
-                    )
-                scales = scales + tl.inline_asm_elementwise(
-                    asm.load_scales(NESTED, GROUPS, not EVEN_K),
-                    asm.load_scales_operands(NESTED, GROUPS),
-                    addresses + (guard,),  # noqa: RUF005
-                    dtype=nested_types(GROUPS),
-                    is_pure=False,
-                    pack=1,
-                )
-            else:
-                scales = scales + tl.inline_asm_elementwise(
-                    asm.load_scales(NESTED, GROUPS, not EVEN_K),
-                    asm.load_scales_operands(NESTED, GROUPS),
-                    ((absmax_ptr + address).to(tl.int64), guard),
-                    dtype=same(tl.float32, 2 * GROUPS),
-                    is_pure=False,
-                    pack=1,
-                )
-    return codes, scales, offsets
-
-
-@triton.jit
-def scale_pair(scales, block: tl.constexpr, offset, NESTED: tl.constexpr):
-    """The float32 scales of rows g and g + 8 for one block of columns."""
-    if NESTED:
-        pair = tl.inline_asm_elementwise(
-            asm.nested_scales(),
-            "=&f,=&f,r,f,f,f",
-            (scales[3 * block], scales[3 * block + 1], scales[3 * block + 2], offset),
-            dtype=same(tl.float32, 2),
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        pair = (scales[2 * block], scales[2 * block + 1])
-    return pair
+    scales = load_scales(
+        absmax_ptr, nested_absmax_ptr, lane, warp_n, group, first, load, N, K,
+        BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
+    )  # fmt: skip
+    return codes, scales
 
 
 @triton.jit
@@ -257,13 +169,12 @@ def multiply_step(
     sums,
     codes,
     scales,
+    held,
     x,
     table,
-    offset,
-    offsets,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    OFFSETS: tl.constexpr,
+    BY_ROW: tl.constexpr,
     ONE_ROW: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILES: tl.constexpr,
@@ -274,6 +185,8 @@ def multiply_step(
     """`sums` with the products of one step added."""
     GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
     SUMS: tl.constexpr = asm.num_products(COLUMNS, ONE_ROW, 1)
+    if NESTED:
+        scales = nested_scales(scales, held, table, BLOCKSIZE, BY_ROW, TILES, UNROLL)
     for u in tl.static_range(UNROLL):
         added = ()
         for t in tl.static_range(TILES):
@@ -287,10 +200,7 @@ def multiply_step(
             )
             pairs = ()
             for i in tl.static_range(GROUPS):
-                if OFFSETS:
-                    pairs = pairs + scale_pair(scales, (t * UNROLL + u) * GROUPS + i, offsets[t], NESTED)
-                else:
-                    pairs = pairs + scale_pair(scales, (t * UNROLL + u) * GROUPS + i, offset, NESTED)
+                pairs = pairs + scale_pair(scales, t, u, i, BLOCKSIZE, NESTED, TILES, UNROLL)
             for i in tl.static_range(SUMS):
                 total = tl.fma(products[i], pairs[i if ONE_ROW else i // 2 % 2], sums[t * SUMS + i])
                 if GROUPS == 2:
@@ -298,19 +208,6 @@ def multiply_step(
                 added = added + (total,)  # noqa: RUF005
         sums = added
     return sums
-
-
-@triton.jit
-def load_element(pointer, wanted):
-    """One element in float32, 0 where it is not wanted."""
-    return tl.inline_asm_elementwise(
-        asm.load_element(dtype_name(pointer.dtype.element_ty)),
-        "=&f,l,r",
-        (pointer.to(tl.int64), wanted.to(tl.int32)),
-        dtype=tl.float32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -442,6 +339,7 @@ def gemv_4bit_kernel(
     QUANT_TYPE: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    BY_ROW: tl.constexpr,  # a factor of nested scales stands for whole rows
     OFFSETS: tl.constexpr,  # of nested scales, one for each row tile: weights quantized apart and joined
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -469,10 +367,16 @@ def gemv_4bit_kernel(
     steps = tl.cdiv(K // 64, WARPS_K * UNROLL)
     group = tl.program_id(0)
     step = 0
-    codes, scales, offsets = load_weights(
-        tiled_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, lane, warp_n, warp_k, group, step, True, N, K,
-        BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED, OFFSETS,
+    codes, scales = load_weights(
+        tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, step, True, N, K,
+        BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
     )  # fmt: skip
+    held = ()
+    if NESTED:
+        held = load_constants(
+            nested_absmax_ptr, nested_offset_ptr, lane, warp_n, group, 1, N, K,
+            BLOCKSIZE, BY_ROW, WARPS_N, TILES, UNROLL, GATED, OFFSETS,
+        )  # fmt: skip
     map_address = (nested_code_ptr + thread * 0).to(tl.int64)
     table = tl.inline_asm_elementwise(
         asm.fill_table(WARPS, QUANT_TYPE, DTYPE, asm.sum_bytes(WARPS, WARPS_N, TILES, SUMS, ONE_ROW), NESTED),
@@ -482,9 +386,6 @@ def gemv_4bit_kernel(
         is_pure=False,
         pack=1,
     )
-    offset = 0.0
-    if NESTED and not OFFSETS:
-        offset = tl.load(nested_offset_ptr)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -505,19 +406,24 @@ def gemv_4bit_kernel(
             now_x = load_rows(
                 x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
             )  # fmt: skip
-        next_codes, next_scales, next_offsets = load_weights(
-            tiled_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, lane, warp_n, warp_k, next_group, next_step,
-            i + 1 < total, N, K, BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED, OFFSETS,
+        next_codes, next_scales = load_weights(
+            tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, i + 1 < total, N, K,
+            BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
         )  # fmt: skip
         if AHEAD:
             x = load_rows(
                 x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
             )  # fmt: skip
         sums = multiply_step(
-            sums, codes, scales, now_x, table, thread * 0.0 + offset, offsets,
-            BLOCKSIZE, NESTED, OFFSETS, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
+            sums, codes, scales, held, now_x, table,
+            BLOCKSIZE, NESTED, BY_ROW, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
         )  # fmt: skip
         if last:
+            if NESTED:
+                held = load_constants(
+                    nested_absmax_ptr, nested_offset_ptr, lane, warp_n, next_group, (i + 1 < total).to(tl.int32), N, K,
+                    BLOCKSIZE, BY_ROW, WARPS_N, TILES, UNROLL, GATED, OFFSETS,
+                )  # fmt: skip
             if ONE_ROW:
                 finish_one_row(
                     sums, y_ptr, bias_ptr, residual_ptr, thread, group, turn, N,
@@ -532,7 +438,6 @@ def gemv_4bit_kernel(
             sums = zeros(thread * 0, SUMS)
         codes = next_codes
         scales = next_scales
-        offsets = next_offsets
         step = next_step
         group = next_group
 
@@ -571,6 +476,7 @@ def constants(
         "QUANT_TYPE": quant_type,
         "BLOCKSIZE": blocksize,
         "NESTED": nested,
+        "BY_ROW": nested and NESTED_BLOCKSIZE % (K // blocksize) == 0,
         "OFFSETS": offsets,
         "HAS_BIAS": has_bias,
         "HAS_RESIDUAL": has_residual,
@@ -583,7 +489,7 @@ def constants(
         "TILES": config.tiles,
         "UNROLL": config.unroll,
         "EVEN_K": config.is_even_k(K),
-        "AHEAD": config.ahead and not runs_out_of_registers(M, config, nested, capability),
+        "AHEAD": config.ahead and not runs_out_of_registers(M, config, capability),
         "OVERLAP": overlap and config.overlaps and capability >= OVERLAP_CAPABILITY,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
         "num_warps": config.warps,
@@ -591,9 +497,9 @@ def constants(
     }
 
 
-def runs_out_of_registers(M: int, config: Config, nested: bool, capability: tuple[int, int]) -> bool:
+def runs_out_of_registers(M: int, config: Config, capability: tuple[int, int]) -> bool:
     """Whether x a step ahead would make the program spill."""
-    return (nested and config.warps == 16) or (M > 8 and config.unroll == 2 and capability >= (12, 0))
+    return M > 8 and config.unroll == 2 and capability >= (12, 0)
 
 
 def gemv_4bit(
