@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from onegpu.kernels.gemv_int8 import constants, gemv_int8_kernel
 from onegpu.kernels.gemv_int8_config import CONFIGS, configure
 from onegpu.kernels.launch import NO_CONTRACTION
 from onegpu.kernels.tail import apply_tail
+
+SILU = {"gated": True, "activation": "silu"}
 
 
 def compile_kernel(config: Config, M: int, K: int, arch: int, dtype: str, bias: str | None = None, **choices: Any):
@@ -99,10 +102,10 @@ def waited_for(lines: list[str]) -> list[str]:
     return found
 
 
-def measure(M: int, config: Config, arch: int) -> dict[str, Any]:
+def measure(M: int, config: Config, arch: int, **tail: Any) -> dict[str, Any]:
     dtype = "fp16" if arch < 80 else "bf16"
     K = 64 * config.warps * config.unroll
-    compiled, settings = compile_kernel(config, M, K, arch, dtype, overlap=arch >= 90)
+    compiled, settings = compile_kernel(config, M, K, arch, dtype, overlap=arch >= 90, **tail)
     lines, registers, shared = disassemble(compiled.asm["cubin"])
     program = parse(compiled.asm["ptx"])
     sums = 4 * settings["COLUMNS"] * config.tiles
@@ -122,17 +125,26 @@ def measure(M: int, config: Config, arch: int) -> dict[str, Any]:
     }
 
 
+def shipped(arch: str) -> Iterator[tuple[str, int, Config, dict[str, Any]]]:
+    """Name, rows of x, configuration and tail: each configuration once, for one architecture a decoder's tails too."""
+    seen = set()
+    for (M, shape), config in CONFIGS.items():
+        key = (M, config.warps, config.warps_n, config.tiles, config.unroll, config.ahead)
+        if key not in seen:
+            seen.add(key)
+            yield f"{M} rows, {shape}", M, config, {}
+    if arch == "90":
+        for M in (1, 8, 16, 32):
+            yield f"{M} rows, gated", M, configure(M, 28672, 4096, gated=True), SILU
+            yield f"{M} rows, residual", M, configure(M, 4096, 4096), {"residual": True}
+
+
 def compile_all(architectures: list[str]) -> None:
     for arch in architectures:
-        seen = set()
-        for (M, shape), config in CONFIGS.items():
-            key = (M, config.warps, config.warps_n, config.tiles, config.unroll, config.ahead)
-            if key in seen:
-                continue
-            seen.add(key)
-            result: dict[str, Any] = {"arch": arch, "rows": M, "case": f"{M} rows, {shape}"}
+        for name, M, config, tail in shipped(arch):
+            result: dict[str, Any] = {"arch": arch, "rows": M, "case": name, "tail": bool(tail)}
             try:
-                result |= measure(M, config, int(arch))
+                result |= measure(M, config, int(arch), **tail)
             except Exception as error:  # a failure is a result here
                 result["error"] = f"{type(error).__name__}: {error}"[-2000:]
             emit(result)
@@ -182,7 +194,6 @@ def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any)
     }
 
 
-SILU = {"gated": True, "activation": "silu"}
 # name: configuration, M, N, K, dtype, choices. Between them every branch of the kernel, and every tail.
 CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
     "one row": (Config(4, 1, 1, 4), 1, 48, 1024, "bf16", {}),

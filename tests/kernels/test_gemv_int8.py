@@ -18,6 +18,7 @@ from onegpu.formats import rowwise
 ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
 # Registers that let four programs of four warps, or two of eight, share a processor; two of 16 rows, one of 32.
 REGISTERS = {1: 128, 8: 128, 16: 168, 32: 200}
+REGISTERS_WITH_TAIL = {1: 128, 8: 128, 16: 192, 32: 216}
 # What its assembler takes more on the newest.
 MORE_REGISTERS = {"120": 8}
 # Of a step, by rows of x; an H100 issues 9.5 a weight in the time it reads one, and sustains about half of that.
@@ -64,11 +65,12 @@ def test_compiles_within_budget(arch: str, compiled: list[dict]) -> None:
 
     kinds = {(M, c.warps, c.warps_n, c.tiles, c.unroll, c.ahead) for (M, _), c in CONFIGS.items()}
     mine = [result for result in compiled if result["arch"] == arch]
-    assert len(mine) == len(kinds)
+    assert len(mine) == len(kinds) + (8 if arch == "90" else 0)
     assert not [result for result in mine if "error" in result]
     for result in mine:
+        registers = (REGISTERS_WITH_TAIL if result["tail"] else REGISTERS)[result["rows"]]
         assert result["spilled"] == 0, result
-        assert result["registers"] <= REGISTERS[result["rows"]] + MORE_REGISTERS.get(arch, 0), result
+        assert result["registers"] <= registers + MORE_REGISTERS.get(arch, 0), result
         assert result["instructions_per_weight"] <= INSTRUCTIONS[result["rows"]] + TURING * (arch == "75"), result
 
 
