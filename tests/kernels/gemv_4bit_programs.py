@@ -91,17 +91,27 @@ def loop(lines: list[str]) -> list[str]:
     return [line for line in lines[start:first] + lines[last : end + 1] if not line.startswith(".L")]
 
 
-def measure(name: tuple[int, str], config: Config, arch: int, nested: bool, steps: int) -> dict[str, Any]:
+def before_wait(lines: list[str]) -> dict[str, int]:
+    """Instructions in front of the wait for the kernel in front, by kind: loads, requests to L2, leaves for others."""
+    at = next((i for i, line in enumerate(lines) if "ACQBULK" in line), 0)
+    kinds = {"loads": ("LDG", "LD."), "requests": ("CCTL",), "leaves": ("PREEXIT",)}
+    return {kind: sum(line.startswith(names) for line in lines[:at]) for kind, names in kinds.items()}
+
+
+def measure(
+    name: tuple[int, str], config: Config, arch: int, nested: bool, steps: int, overlap: bool
+) -> dict[str, Any]:
     M = name[0]
     dtype = "fp16" if arch < 80 else "bf16"
     K = 64 * config.warps * config.unroll * steps
-    compiled, settings = compile_kernel(config, M, K, arch, dtype, dtype, nested=nested, overlap=arch >= 90)
+    compiled, settings = compile_kernel(config, M, K, arch, dtype, dtype, nested=nested, overlap=overlap)
     lines, registers, shared = disassemble(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     sums = config.tiles * asm_4bit.num_products(settings["COLUMNS"], M == 1, 1)
     static = asm_4bit.static_bytes(config.warps, config.warps_n, config.tiles, sums, M == 1, nested)
     return {
         "config": [config.warps, config.warps_n, config.tiles, config.unroll],
+        "overlap": settings["OVERLAP"],
         "mma": parse(ptx).count("mma"),
         "expected_mma": 4 * settings["COLUMNS"] * config.tiles * config.unroll * (2 if arch < 80 else 1),
         "tables": ptx.count("onegpu_table["),
@@ -113,6 +123,7 @@ def measure(name: tuple[int, str], config: Config, arch: int, nested: bool, step
         "dynamic": compiled.metadata.shared,
         "instructions_per_weight": len(loop(lines)) / (32 * config.tiles * config.unroll),
         "waits": sum("ACQBULK" in line for line in lines),
+        "before_wait": before_wait(lines),
     }
 
 
@@ -123,15 +134,20 @@ def compile_all(architectures: list[str]) -> None:
         seen = set()
         for (kind, *name), config in shipped.items():
             shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll, config.ahead)
+            shape += (config.edges and int(arch) >= 90,)
             if shape in seen:
                 continue
             seen.add(shape)
             # Three steps a row: blocks that do not divide 256, so that a factor does not stand for whole rows.
-            for nested, steps in ((False, 1), (True, 1), (True, 3))[: 3 if arch == "90" and config.tiles <= 2 else 1]:
-                case = f"{kind} {name} {nested=} {steps=}"
+            forms = [(False, 1, int(arch) >= 90), (True, 1, True), (True, 3, True)]
+            forms = forms[: 3 if arch == "90" and config.tiles <= 2 else 1]
+            if int(arch) >= 90 and config.edges:
+                forms += [(False, 1, False), (True, 3, False)]
+            for nested, steps, overlap in forms:
+                case = f"{kind} {name} {nested=} {steps=} {overlap=}"
                 result = {"arch": arch, "rows": name[0], "nested": nested, "case": case}
                 try:
-                    result |= measure(tuple(name), config, int(arch), nested, steps)
+                    result |= measure(tuple(name), config, int(arch), nested, steps, overlap)
                 except Exception as error:  # a failure is a result here
                     result["error"] = f"{type(error).__name__}: {error}"[-2000:]
                 emit(result)
@@ -266,6 +282,17 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
     "eight tiles a step, two factors": (Config(4, 1, 2, 4), 1, 41, 6144, "bf16", {"nested": True, "grid": 1}),
     "x not ahead": (Config(4, 1, 1, 2, ahead=False), 7, 30, 512, "bf16", {"nested": True}),
     "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "nested": True, "grid": 2}),
+    "edges": (Config(4, 1, 1, 4, edges=True), 1, 41, 1024, "bf16", {"grid": 2}),
+    "edges, nested, guarded, gated": (
+        Config(8, 1, 2, 2, edges=True),
+        8,
+        160,
+        576,
+        "fp16",
+        {"nested": True, "gated": True, "activation": "silu"},
+    ),
+    "edges, rows side by side, blocks of 32": (Config(8, 4, 2, 2, edges=True), 5, 77, 320, "bf16", {"blocksize": 32}),
+    "edges, two factors a row": (Config(16, 1, 1, 2, edges=True), 1, 37, 14336, "bf16", {"nested": True, "grid": 3}),
 }
 
 

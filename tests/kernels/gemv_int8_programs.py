@@ -52,7 +52,10 @@ def compile_kernel(config: Config, M: int, K: int, arch: int, dtype: str, bias: 
 
 
 def order_of(program: Any) -> str:
-    """What a program does, in order: w(eights), s(tats and other elements), W(ait), x; runs of one letter as one."""
+    """What a program does, in order, runs of one letter as one.
+
+    w(eights) and s(tats and other elements) loaded, a(sked for in L2), L(ets others begin), W(ait), x.
+    """
     found = ""
     for instruction in program.instructions:
         opcode = ".".join(instruction.opcode)
@@ -65,6 +68,10 @@ def order_of(program: Any) -> str:
             letter = "s"
         elif opcode == "griddepcontrol.wait":
             letter = "W"
+        elif opcode == "griddepcontrol.launch_dependents":
+            letter = "L"
+        elif opcode == "prefetch.global.L2":
+            letter = "a"
         if letter and not found.endswith(letter):
             found += letter
     return found
@@ -102,16 +109,18 @@ def waited_for(lines: list[str]) -> list[str]:
     return found
 
 
-def measure(M: int, config: Config, arch: int, **tail: Any) -> dict[str, Any]:
+def measure(M: int, config: Config, arch: int, *, overlap: bool, **tail: Any) -> dict[str, Any]:
     dtype = "fp16" if arch < 80 else "bf16"
     K = 64 * config.warps * config.unroll
-    compiled, settings = compile_kernel(config, M, K, arch, dtype, overlap=arch >= 90, **tail)
+    compiled, settings = compile_kernel(config, M, K, arch, dtype, overlap=overlap, **tail)
     lines, registers, shared = disassemble(compiled.asm["cubin"])
     program = parse(compiled.asm["ptx"])
     sums = 4 * settings["COLUMNS"] * config.tiles
     declared = asm_4bit.sum_bytes(config.warps, config.warps_n, config.tiles, sums, M == 1)
     return {
         "config": [config.warps, config.warps_n, config.tiles, config.unroll],
+        "overlap": settings["OVERLAP"],
+        "ahead": settings["AHEAD"],
         "mma": program.count("mma"),
         "expected_mma": 8 * settings["COLUMNS"] * config.tiles * config.unroll * (2 if arch < 80 else 1),
         "hmma": sum("HMMA" in line for line in lines),
@@ -126,25 +135,31 @@ def measure(M: int, config: Config, arch: int, **tail: Any) -> dict[str, Any]:
 
 
 def shipped(arch: str) -> Iterator[tuple[str, int, Config, dict[str, Any]]]:
-    """Name, rows of x, configuration and tail: each configuration once, for one architecture a decoder's tails too."""
+    """Name, rows of x, configuration and choices: each configuration once, for one architecture a decoder's tails too.
+
+    From compute capability 9.0 on overlapping, and once more with the edges alone where it has that.
+    """
+    overlap = {"overlap": int(arch) >= 90}
     seen = set()
     for (M, shape), config in CONFIGS.items():
         key = (M, config.warps, config.warps_n, config.tiles, config.unroll, config.ahead)
         if key not in seen:
             seen.add(key)
-            yield f"{M} rows, {shape}", M, config, {}
+            yield f"{M} rows, {shape}", M, config, overlap
+            if config.edges and int(arch) >= 90:
+                yield f"{M} rows, {shape}, edges", M, config, {"overlap": False}
     if arch == "90":
         for M in (1, 8, 16, 32):
-            yield f"{M} rows, gated", M, configure(M, 28672, 4096, gated=True), SILU
-            yield f"{M} rows, residual", M, configure(M, 4096, 4096), {"residual": True}
+            yield f"{M} rows, gated", M, configure(M, 28672, 4096, gated=True), SILU | overlap
+            yield f"{M} rows, residual", M, configure(M, 4096, 4096), {"residual": True} | overlap
 
 
 def compile_all(architectures: list[str]) -> None:
     for arch in architectures:
-        for name, M, config, tail in shipped(arch):
-            result: dict[str, Any] = {"arch": arch, "rows": M, "case": name, "tail": bool(tail)}
+        for name, M, config, choices in shipped(arch):
+            result: dict[str, Any] = {"arch": arch, "rows": M, "case": name, "tail": len(choices) > 1}
             try:
-                result |= measure(M, config, int(arch), **tail)
+                result |= measure(M, config, int(arch), **choices)
             except Exception as error:  # a failure is a result here
                 result["error"] = f"{type(error).__name__}: {error}"[-2000:]
             emit(result)
@@ -242,6 +257,16 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
     "Turing": (Config(4, 1, 1, 2), 7, 30, 512, "fp16", {"arch": 75, "bias": "fp16"}),
     "Ampere": (Config(4, 1, 1, 4), 1, 30, 1024, "bf16", {"arch": 80, "bias": "bf16"}),
     "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "grid": 2}),
+    "edges": (Config(4, 1, 2, 2, edges=True), 1, 70, 1024, "bf16", {"grid": 2}),
+    "edges, gated, guarded": (
+        Config(8, 2, 2, 2, ahead=False, edges=True),
+        13,
+        214,
+        592,
+        "bf16",
+        {**SILU, "wide_w": 48, "grid": 2},
+    ),
+    "edges, 16 columns": (Config(4, 1, 1, 2, edges=True), 1, 5, 16, "fp16", {}),
 }
 
 

@@ -468,6 +468,12 @@ class Machine:
             for i in range(width // 8):
                 data[offsets + n * width // 8 + i] = (value >> np.uint64(8 * i) & np.uint64(255)).astype(np.uint8)
 
+    def do_prefetch(self, instruction: Instruction, active: np.ndarray) -> None:
+        """Nothing happens; but an address where nothing lies would be a mistake."""
+        places = self.address(instruction.operands[0])[active]
+        if len(places):
+            self.memory.find(places, 1)
+
     def address(self, operand: str) -> np.ndarray:
         base, _, offset = operand[1:-1].partition("+")
         return self.bits(base.strip()) + np.uint64(int(offset.strip() or "0", 0))

@@ -19,9 +19,16 @@ Everything that touches registers of a tensor core is inline assembly on values 
 element index is the thread's own index; so are the stores (see `asm_4bit.store`). The operands of x are rows in their
 natural order.
 
-With `OVERLAP` (compute capability 9.0 and up) the kernel begins while the one before it still runs, fills its table
-and fetches its first weights, and only then waits; the kernel after it may do the same as soon as it has waited. So
-whatever wrote W must have finished before the kernel in front of this one began to let others start.
+With `OVERLAP` (compute capability 9.0 and up) the kernel begins while the one before it still runs.
+
+    "edges"      It asks L2 for W's part of its first step, and waits; nothing of W is in a register before. That is
+                 always safe: L2 sees what others still write, so what was fetched too early is not stale. The kernel
+                 after it may begin at once.
+    "weights"    It loads its first weights and fills its table, and only then waits; the kernel after it may begin
+                 as soon as it has waited. Only where the caller allows it: whatever wrote W must have finished before
+                 the kernel in front of this one began to let others start.
+
+Either way x, residual and y are touched after the wait alone.
 """
 
 from __future__ import annotations
@@ -38,6 +45,7 @@ from onegpu.config import NESTED_BLOCKSIZE
 from onegpu.kernels import asm_4bit as asm
 from onegpu.kernels.gemv_4bit_config import Config, configure
 from onegpu.kernels.gemv_4bit_scales import (
+    ask_for_scales,
     dtype_name,
     load_constants,
     load_element,
@@ -47,12 +55,12 @@ from onegpu.kernels.gemv_4bit_scales import (
     same,
     scale_pair,
 )
+from onegpu.kernels.gemv_rows import ask_for
 from onegpu.kernels.launch import NO_CONTRACTION, capability, nested_arguments, on_device_of, processors
 from onegpu.kernels.tail_device import activate
 
 __all__ = ["constants", "gemv_4bit", "gemv_4bit_kernel", "processors", "why_not_gemv"]
 
-OVERLAP_CAPABILITY = (9, 0)
 BFLOAT16_CAPABILITY = (8, 0)
 OLDEST_CAPABILITY = (7, 5)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -64,6 +72,23 @@ def zeros(like, count: tl.constexpr):
     for _ in tl.static_range(count):
         out = out + (like.to(tl.float32),)  # noqa: RUF005, tuples of Triton know no unpacking
     return out
+
+
+@triton.jit
+def ask_for_weights(
+    tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, N, K,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, WARPS_N: tl.constexpr, WARPS_K: tl.constexpr, TILES: tl.constexpr,
+    UNROLL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Have L2 fetch what `load_weights` will load of the first step of a group that exists."""
+    columns = K // 64
+    row_tiles = tl.cdiv(N, 16)
+    for t in tl.static_range(TILES):
+        row_tile = row_tile_of(group, warp_n, row_tiles, t, WARPS_N, TILES, GATED)
+        for u in tl.static_range(UNROLL):
+            column = tl.minimum(warp_k + u * WARPS_K, columns - 1)
+            ask_for(tiled_ptr + (row_tile * columns + column) * 128 + lane * 4)
+            ask_for_scales(absmax_ptr, nested_absmax_ptr, lane, row_tile, column, N, K, BLOCKSIZE, NESTED)
 
 
 @triton.jit
@@ -353,7 +378,7 @@ def gemv_4bit_kernel(
     UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr,  # the program's warps and their steps divide K / 64
     AHEAD: tl.constexpr,  # x is loaded a step ahead too
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,  # None, "edges" or "weights"
     DEPTH: tl.constexpr,  # of one tensor core step: 16, on Turing 8
 ):
     WARPS_K: tl.constexpr = WARPS // WARPS_N
@@ -367,6 +392,13 @@ def gemv_4bit_kernel(
     steps = tl.cdiv(K // 64, WARPS_K * UNROLL)
     group = tl.program_id(0)
     step = 0
+    if OVERLAP == "edges":
+        tl.extra.cuda.gdc_launch_dependents()
+        ask_for_weights(
+            tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, N, K,
+            BLOCKSIZE, NESTED, WARPS_N, WARPS_K, TILES, UNROLL, GATED,
+        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
     codes, scales = load_weights(
         tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, step, True, N, K,
         BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
@@ -386,7 +418,7 @@ def gemv_4bit_kernel(
         is_pure=False,
         pack=1,
     )
-    if OVERLAP:
+    if OVERLAP == "weights":
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if AHEAD:
@@ -472,6 +504,7 @@ def constants(
     offsets: bool = False,
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
+    overlapping = config.overlap(overlap, capability)
     return {
         "QUANT_TYPE": quant_type,
         "BLOCKSIZE": blocksize,
@@ -490,10 +523,10 @@ def constants(
         "UNROLL": config.unroll,
         "EVEN_K": config.is_even_k(K),
         "AHEAD": config.ahead and not runs_out_of_registers(M, config, capability),
-        "OVERLAP": overlap and config.overlaps and capability >= OVERLAP_CAPABILITY,
+        "OVERLAP": overlapping,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
         "num_warps": config.warps,
-        "launch_pdl": overlap and config.overlaps and capability >= OVERLAP_CAPABILITY,
+        "launch_pdl": overlapping is not None,
     }
 
 
@@ -528,7 +561,8 @@ def gemv_4bit(
             for each row tile.
         residual: as y, contiguous.
         activation, gated: of `onegpu.kernels.tail`; gated needs N to be a multiple of 32.
-        overlap: begin before the kernel in front has ended (see the top of this file).
+        overlap: read W before the kernel in front has ended. Without it the kernel may begin before that all the
+            same, ask L2 for W, which is safe even where W is being written, and wait (see the top of this file).
         config: instead of `configure`'s choice.
     """
     M, K = rows.shape

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 __all__ = ["ALONE", "MAX_ROWS", "OVERLAPPED", "Config", "configure"]
 
 MAX_ROWS = 32
+OVERLAP_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +21,22 @@ class Config:
     ahead: bool = True  # load x a step ahead too, which takes 8 registers for each tile along K and eight rows of x
     per_sm: int = 0  # programs for each processor at most; 0 for one program per row group
     even: bool = False  # fewer programs, so that all have the same number of row groups
-    overlaps: bool = True  # may begin while the kernel in front still runs, where the caller allows it
+    overlaps: bool = True  # may read W while the kernel in front still runs, where the caller allows it
+    edges: bool = False  # else begin while that one runs, ask L2 for W, and wait
 
     def grid(self, N: int, processors: int) -> int:
         """Programs for N rows of W."""
         groups = ceil_div(N, 16 * self.tiles * self.warps_n)
         limit = groups if self.per_sm == 0 else min(groups, self.per_sm * processors)
         return ceil_div(groups, ceil_div(groups, limit)) if self.even else limit
+
+    def overlap(self, allowed: bool, capability: tuple[int, int]) -> str | None:
+        """How much of this kernel runs beside the one in front: "weights" are read if `allowed`; its "edges"; None."""
+        if capability < OVERLAP_CAPABILITY:
+            return None
+        if allowed and self.overlaps:
+            return "weights"
+        return "edges" if self.edges else None
 
     def is_even_k(self, K: int) -> bool:
         """Whether steps divide K, so that no load needs a guard."""
@@ -49,20 +59,22 @@ class Config:
 # By rows of x (1, up to 8, 16, 32) and shape of W: `wide` from N = 16384 on, else `deep` from K = 8192 on, else
 # `narrow` up to N = 4096, else `small`. Measured on an H100 (132 processors, Triton 3.6) with `onegpu bench kernels
 # --tune`: what counts is bytes in flight, so programs are small and tiles lie along K; deep weights have few rows, so
-# 16 warps split K; many rows of x pay for themselves when two to four tiles of W use them.
+# 16 warps split K; many rows of x pay for themselves when two to four tiles of W use them. Edges overlap where that was
+# quicker in a row of products: 3-12 % (but 6-12 % slower at 8 rows of `narrow` and `deep`, where programs of the next
+# kernel gather on few processors).
 ALONE = {
-    (1, "narrow"): Config(8, 1, 1, 2, ahead=False),
-    (1, "small"): Config(8, 1, 1, 2, ahead=False),
-    (1, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True),
-    (1, "deep"): Config(16, 1, 1, 2, ahead=False),
+    (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True),
+    (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True),
+    (1, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True, edges=True),
+    (1, "deep"): Config(16, 1, 1, 2, ahead=False, edges=True),
     (8, "narrow"): Config(4, 1, 1, 4, ahead=False),
-    (8, "small"): Config(4, 1, 1, 4, ahead=False),
-    (8, "wide"): Config(4, 2, 2, 2),
+    (8, "small"): Config(4, 1, 1, 4, ahead=False, edges=True),
+    (8, "wide"): Config(4, 2, 2, 2, edges=True),
     (8, "deep"): Config(4, 1, 1, 4, ahead=False),
     (16, "narrow"): Config(4, 1, 1, 2, ahead=False),
     (16, "small"): Config(4, 1, 1, 2, ahead=False),
     (16, "wide"): Config(4, 1, 2, 1, per_sm=4, even=True),
-    (16, "deep"): Config(8, 1, 1, 2),
+    (16, "deep"): Config(8, 1, 1, 2, edges=True),
     (32, "narrow"): Config(8, 1, 2, 1),
     (32, "small"): Config(4, 1, 1, 1),
     (32, "wide"): Config(4, 2, 4, 1, ahead=False),

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from onegpu.kernels import asm_4bit as asm
+from onegpu.kernels.gemv_rows import ask_for
 
 __all__ = [
+    "ask_for_scales",
     "dtype_name",
     "load_constants",
     "load_element",
@@ -93,6 +95,22 @@ def work_of_lane(lane, part: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.const
     if rows_of_lane(TILES, UNROLL) == 1:
         row = row + (lane >> log2(TILES * UNROLL) & 1) * 8
     return tile >> log2(UNROLL), tile & (UNROLL - 1), row
+
+
+@triton.jit
+def ask_for_scales(
+    absmax_ptr, nested_absmax_ptr, lane, row_tile, column_tile, N, K, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr
+):
+    """Have L2 fetch the scales of one tile, or the codes and factors that they are evaluated from."""
+    blocks = K // BLOCKSIZE
+    block = block_of(column_tile, BLOCKSIZE)
+    place = lane // 4 * 2
+    if BLOCKSIZE == 32:
+        place = place + (lane & 1) * 16
+    ask_for(absmax_ptr + (row_tile * blocks + block) * 16 + place)
+    if NESTED:
+        row = tl.minimum(row_tile * 16 + lane // 2, N - 1)
+        ask_for(nested_absmax_ptr + (row * blocks + block >> 8))
 
 
 @triton.jit

@@ -14,9 +14,10 @@ step lie side by side, so that a warp reads whole lines.
 Rows beyond the last are the last one once more, and not stored. With `GATED` a warp's tiles are pairs, one of rows n
 and one of rows n + N_OUT. Within a bucket of M (1; 2-8; 9-16; 17-32) a row's result does not depend on the others.
 
-With `OVERLAP` (compute capability 9.0 and up) the kernel begins while the one before it still runs, fetches its first
-weights and their scales, and only then waits. So whatever wrote W must have finished before the kernel in front of
-this one began to let others start.
+With `OVERLAP` (compute capability 9.0 and up) the kernel begins while the one before it still runs. "edges": it asks
+L2 for its first weights, which sees what others still write, and waits before it loads anything: always safe.
+"weights": it loads its first weights and their scales, and only then waits. So whatever wrote W must have finished
+before the kernel in front of this one began to let others start.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from onegpu.kernels import asm_4bit, asm_int8
 from onegpu.kernels.gemv_4bit import slice_of, store_element, why_not_gemv, zeros
 from onegpu.kernels.gemv_4bit_config import Config
 from onegpu.kernels.gemv_int8_config import configure, is_even_k
-from onegpu.kernels.gemv_rows import overlaps
+from onegpu.kernels.gemv_rows import ask_for
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of, processors
 from onegpu.kernels.tail_device import activate
 
@@ -76,6 +77,21 @@ def first_row(group, warp_n, tile: tl.constexpr, WARPS_N: tl.constexpr, TILES: t
     """The first of the 16 columns of y that the `tile`-th tile of a warp is for; with `GATED` two tiles are."""
     PER: tl.constexpr = 2 if GATED else 1
     return ((group * WARPS_N + warp_n) * (TILES // PER) + tile // PER) * 16
+
+
+@triton.jit
+def ask_for_weights(
+    weight_ptr, stride_wn, lane, warp_n, warp_k, group, N_OUT, K,
+    WARPS_N: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Have L2 fetch what `load_weights` will load of the first step; at the ends of W, what is there."""
+    for t in tl.static_range(TILES):
+        for half in tl.static_range(2):
+            row = first_row(group, warp_n, t, WARPS_N, TILES, GATED) + lane // 4 + 8 * half
+            row = (tl.minimum(row, N_OUT - 1) + second_half(t, GATED) * N_OUT).to(tl.int64)
+            for u in tl.static_range(UNROLL):
+                column = warp_k * (UNROLL * 64) + 64 * u + lane % 4 * 16
+                ask_for(weight_ptr + row * stride_wn + tl.minimum(column, K - 16))
 
 
 @triton.jit
@@ -333,7 +349,7 @@ def gemv_int8_kernel(
     UNROLL: tl.constexpr,
     EVEN_K: tl.constexpr,  # the program's warps and their steps divide K
     AHEAD: tl.constexpr,  # x is loaded a step ahead too
-    OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,  # None, "edges" or "weights"
     DEPTH: tl.constexpr,  # of one tensor core step: 16, on Turing 8
 ):
     WARPS_K: tl.constexpr = WARPS // WARPS_N
@@ -348,6 +364,12 @@ def gemv_int8_kernel(
     steps = tl.cdiv(K, 64 * WARPS_K * UNROLL)
     group = tl.program_id(0)
     step = 0
+    if OVERLAP == "edges":
+        tl.extra.cuda.gdc_launch_dependents()
+        ask_for_weights(
+            weight_ptr, stride_wn, lane, warp_n, warp_k, group, N_OUT, K, WARPS_N, TILES, UNROLL, GATED
+        )  # fmt: skip
+        tl.extra.cuda.gdc_wait()
     codes = load_weights(
         weight_ptr, stride_wn, lane, warp_n, warp_k, group, step, True, N_OUT, K,
         WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
@@ -355,7 +377,7 @@ def gemv_int8_kernel(
     stats = load_stats(stats_ptr, thread, warp_n, group, True, N_OUT, WARPS_N, TILES, GATED, ONE_ROW)
     if BYTES:
         tl.inline_asm_elementwise(asm_int8.declare(BYTES), "=r,r", (thread,), dtype=tl.int32, is_pure=False, pack=1)
-    if OVERLAP:
+    if OVERLAP == "weights":
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if AHEAD:
@@ -366,11 +388,11 @@ def gemv_int8_kernel(
     for i in range(0, total, 2):
         for half in tl.static_range(2):
             # Two steps a round, each with registers of its own: to hand loaded ones on would be to wait for them.
-            last = (step + 1 == steps) & (i + half < total)
-            next_step = tl.where(step + 1 == steps, 0, step + 1)
-            next_group = tl.where(step + 1 == steps, group + tl.num_programs(0), group)
+            ends = step + 1 == steps
+            last = ends & (group < groups)
+            next_step = tl.where(ends, 0, step + 1)
+            next_group = tl.where(ends, group + tl.num_programs(0), group)
             more = i + half + 1 < total
-            next_stats = load_stats(stats_ptr, thread, warp_n, next_group, more, N_OUT, WARPS_N, TILES, GATED, ONE_ROW)
             next_codes = load_weights(
                 weight_ptr, stride_wn, lane, warp_n, warp_k, next_group, next_step, more, N_OUT, K,
                 WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
@@ -385,6 +407,7 @@ def gemv_int8_kernel(
                 x = load_rows(
                     x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
                 )  # fmt: skip
+            next_stats = load_stats(stats_ptr, thread, warp_n, next_group, more, N_OUT, WARPS_N, TILES, GATED, ONE_ROW)
             sums = multiply_step(sums, codes, now_x, COLUMNS, TILES, UNROLL, DTYPE, DEPTH)
             if last:
                 if ONE_ROW:
@@ -435,6 +458,7 @@ def constants(
     capability: tuple[int, int],
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
+    overlapping = config.overlap(overlap, capability)
     return {
         "HAS_BIAS": has_bias,
         "HAS_RESIDUAL": has_residual,
@@ -448,10 +472,10 @@ def constants(
         "UNROLL": config.unroll,
         "EVEN_K": is_even_k(config, K),
         "AHEAD": config.ahead,
-        "OVERLAP": overlap,
+        "OVERLAP": overlapping,
         "DEPTH": 16 if capability >= TENSOR_CORE_16 else 8,
         "num_warps": config.warps,
-        "launch_pdl": overlap,
+        "launch_pdl": overlapping is not None,
     }
 
 
@@ -478,7 +502,8 @@ def gemv_int8(
         bias: [N], contiguous; or None.
         residual: as y, elements of a row side by side; or None.
         activation, gated: of `onegpu.kernels.tail`.
-        overlap: begin before the kernel in front has ended (see the top of this file).
+        overlap: read W before the kernel in front has ended. Without it the kernel may begin before that all the
+            same, ask L2 for W, which is safe even where W is being written, and wait (see the top of this file).
         config: instead of `configure`'s choice.
     """
     M, K = rows.shape
@@ -493,7 +518,7 @@ def gemv_int8(
         has_residual=residual is not None,
         activation=activation,
         gated=gated,
-        overlap=config.overlaps and overlaps(device, overlap),
+        overlap=overlap,
         capability=capability(device),
     )
     with on_device_of(rows):
