@@ -25,11 +25,14 @@ def test_fits_shared_memory(tokens: int) -> None:
 
 
 def test_configurations() -> None:
-    for M in (257, 512, 1024, 4096):
+    for M in (65, 257, 512, 1024, 4096):
         for N, K in ((4096, 4096), (28672, 4096), (16, 64)):
-            assert configure(M, N, K, 132, x_bits=8).tokens in INT8_TOKENS
-    assert configure(4096, 28672, 4096, 132, x_bits=8).tokens == 160, "many tokens share what is read of W"
-    assert configure(512, 28672, 4096, 132, x_bits=8).tokens == 128, "no token of a work may be in vain"
+            config = configure(M, N, K, 132, x_bits=8)
+            assert config.tokens in INT8_TOKENS
+            assert config.splits == 1 or K >= 1024
+    assert configure(4096, 28672, 4096, 132, x_bits=8).tokens == 128, "many tokens share what is read of W"
+    assert configure(256, 4096, 4096, 132, x_bits=8).tokens == 64, "no processor may be idle"
+    assert configure(128, 4096, 14336, 132, x_bits=8) == Config(64, 2), "nor where rows of W are few and long"
 
 
 @pytest.mark.slow
@@ -119,7 +122,7 @@ def exact_result(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("outliers", [None, 0, 1, 64, 70, 128, 150])
-@pytest.mark.parametrize(("N", "K"), [(1, 208), (34, 192), (200, 336), (272, 1024)])
+@pytest.mark.parametrize(("N", "K"), [(1, 208), (34, 192), (200, 336), (272, 1024), (130, 5120)])
 def test_product(gemm, N: int, K: int, outliers: int | None, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(N)
     codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8, device="cuda")
@@ -132,7 +135,7 @@ def test_product(gemm, N: int, K: int, outliers: int | None, dtype: torch.dtype)
         exact = exact_result(x, cleared, stats, codes, row_stats, columns) + bias.double()
         whole = reference.int8_product(cleared, codes).float() * stats[:, None] * row_stats / 127**2
         plain = whole + (x[:, columns].float() @ codes[:, columns].float().T) * row_stats / 127 + bias.float()
-        for config in (None, *(Config(tokens) for tokens in INT8_TOKENS), Config(96, 2)):
+        for config in (None, *(Config(tokens) for tokens in INT8_TOKENS), Config(64, 2)):
             y = torch.full((M, N), float("nan"), dtype=dtype, device="cuda")
             given = None if outliers is None else listed
             given_codes = x_codes.clone()

@@ -65,7 +65,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x_stats", "outlier_count", "outlier_columns", "x", "codes")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride", "x_stride", "code_stride")),
         *((name, ctypes.c_int) for name in ("M", "N", "K", "scale_shift", "whole", "splits", "tiles_each")),
-        *((name, ctypes.c_int) for name in ("bias_kind", "vectors", "overlap")),
+        *((name, ctypes.c_int) for name in ("bias_kind", "vectors", "early")),
     )
 
 
@@ -279,7 +279,8 @@ def gemm_4bit(
             for each row tile.
         residual: as y.
         activation, gated: of `onegpu.kernels.tail`; gated needs N to be a multiple of 32.
-        overlap: begin before the kernel in front has ended; of its results nothing is read before it has.
+        overlap: read W before the kernel in front has ended. The kernel begins before that anyway, and has what it
+            will read of W fetched to L2, which is safe even where W is being written.
         config: instead of `configure`'s choice.
 
     Raises:
@@ -384,7 +385,7 @@ def multiply(
         tiles_each=tiles_each,
         bias_kind=BIAS_KINDS[None if bias is None else bias.dtype],
         vectors=int(all(value % 16 == 0 for value in (*strides, *starts))),
-        overlap=int(overlap),
+        early=int(overlap),
     )
     left = map_rows(y, leaving(kind.shape)) if problem.vectors else map_nothing()
     outlier_x = None if left_out is None else left_out.outlier_x
@@ -393,7 +394,7 @@ def multiply(
     arguments = (*(address_of(each) for each in every), ctypes.addressof(problem), ctypes.addressof(values))
     grid = min(whole + cut * splits, room)
     with on_device_of(rows):
-        nvrtc.launch(kernel(kind, device), grid, arguments, device, overlap=overlap)
+        nvrtc.launch(kernel(kind, device), grid, arguments, device, overlap=True)
 
 
 @functools.cache

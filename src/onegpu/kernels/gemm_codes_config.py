@@ -26,11 +26,12 @@ TABLE: Final = 32768
 PITCH: Final = 128
 BUFFERS: Final = 3
 HANDED: Final = 8192
-LAST: Final = 16
+LAST: Final = 32
 MOST_STAGES: Final = 12
 TOKENS: Final = (32, 64, 96, 128, 160, 192, 224, 256)
-# Where x is codes. For 192 and more registers run out between products and sums.
-INT8_TOKENS: Final = (96, 128, 160)
+# Where x is codes. For 192 and more registers run out between products and sums; 160 was seldom ahead, and not by much.
+INT8_TOKENS: Final = (64, 96, 128)
+INT8_SPLITS: Final = (1, 2)
 SPLITS: Final = (1, 2, 3, 4, 6, 8)
 # Of so many tokens at most, two programs have registers enough.
 PAIRED: Final = 64
@@ -54,8 +55,8 @@ class Clocks:
 # By programs of a processor at a time. Two of them take turns at what one alone leaves idle.
 CLOCKS: Final = {1: Clocks(1440, 238, 3.92, 3660, 11.8), 2: Clocks(1580, 230, 5.98, 2280, 21.1)}
 SHARED_TILE: Final = 1.62
-# Where x is codes: 84 configurations of the same shapes at 128 to 4096 rows, none of them cut.
-INT8_CLOCKS: Final = Clocks(10400, -34, 5.07, 0, 0)
+# Where x is codes: 180 configurations of the same shapes at 96 to 4096 rows.
+INT8_CLOCKS: Final = Clocks(820, 324, 3.42, 2670, 23.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +126,10 @@ def stages(shape: Shape) -> int:
 
 
 def fixed_bytes(shape: Shape) -> int:
-    """Shared memory beside the stages: table, results on their way out, who comes last."""
+    """Shared memory beside the stages: table, results on their way out, scales of 8-bit codes, who comes last."""
     table = TABLE if shape.bits == 4 else 0
-    return table + 2 * BUFFERS * leaving(shape) * PITCH + (HANDED if shape.gated else 0) + LAST
+    sides = 4 * (ROWS + (shape.tokens if shape.x_bits == 8 else 0)) if shape.bits == 8 else 0
+    return table + 2 * BUFFERS * leaving(shape) * PITCH + (HANDED if shape.gated else 0) + sides + LAST
 
 
 def leaving(shape: Shape) -> int:
@@ -144,8 +146,9 @@ def shared_bytes(shape: Shape) -> int:
 def configure(M: int, N: int, K: int, processors: int, x_bits: int = 16) -> Config:
     """The configuration for M rows of x and a weight [N, K]."""
     if x_bits == 8:
-        whole = [Config(tokens) for tokens in INT8_TOKENS]
-        return min(whole, key=lambda config: clocks(config, M, N, ceil_div(K, 128), processors, INT8_CLOCKS))
+        cuts = [Config(tokens, splits) for tokens in INT8_TOKENS for splits in INT8_SPLITS if K >= 512 * splits]
+        cuts = cuts or [Config(INT8_TOKENS[0])]
+        return min(cuts, key=lambda config: clocks(config, M, N, ceil_div(K, 128), processors, INT8_CLOCKS))
     choices = [
         Config(tokens, splits, blocks)
         for tokens in TOKENS

@@ -140,11 +140,10 @@ def gemm_int8(
     Args:
         y: [M, N], contiguous, in the dtype of x.
         x: [M, K], bfloat16 or float16, elements of a row side by side; `why_not_int8` is None.
-        x_codes, x_stats: int8 [M, K] and float32 [M]: x without its outliers, `quantize_and_list`. Codes in the listed
-            columns become 0.
+        x_codes, x_stats: int8 [M, K] and float32 [M]: x without its outliers, `quantize_and_list`, which may have let
+            this one begin: W alone is read before that one has ended. Codes in the listed columns become 0.
         codes, row_stats: int8 [N, K] and float32 [N], of W.
-        outliers: int32 [K] and int32 [1]: columns that `x_codes` leaves out, and how many; None: none. The kernel in
-            front may have let this one begin: they are read after it.
+        outliers: int32 [K] and int32 [1]: columns that `x_codes` leaves out, and how many; None: none.
         config: instead of `configure`'s choice.
 
     Raises:
@@ -162,5 +161,5 @@ def gemm_int8(
     maps = (map_codes(codes, ROWS, kind.shape.columns), more)
     multiply(
         y, x_codes, maps, Codebook(), bias, None, kind, config.splits,
-        overlap=False, row_stats=row_stats, left_out=left_out,
+        overlap=True, row_stats=row_stats, left_out=left_out,
     )  # fmt: skip

@@ -106,13 +106,16 @@ def list_columns(counters_ptr, columns_ptr, count_ptr, outlier_ptr, K, MARK: tl.
         flags = tl.where(left < 32, flags & ((1 << (left & 31)) - 1), flags)
         number = count_bits(flags)
         place = count + tl.cumsum(number, axis=0) - number
-        for i in range(32):
-            bit = (flags >> i) & 1
-            column = word * 32 + i
-            tl.store(columns_ptr + place, column, mask=bit != 0)
-            if MARK:
-                tl.store(outlier_ptr + column, bit.to(tl.uint8), mask=column < K)
-            place += bit
+        if MARK:
+            for i in range(32):
+                column = word * 32 + i
+                tl.store(outlier_ptr + column, ((flags >> i) & 1).to(tl.uint8), mask=column < K)
+        # The lowest that is left in each word: most have none, few more than one.
+        for _ in range(tl.max(number, axis=0)):
+            lowest = flags & -flags
+            tl.store(columns_ptr + place, word * 32 + count_bits(lowest - 1), mask=flags != 0)
+            flags ^= lowest
+            place += 1
         count += tl.sum(number, axis=0)
         # Not before every thread has read its words, for which those before it are summed.
         tl.store(counters_ptr + word, tl.zeros((BLOCK,), tl.int32), mask=word < words)
@@ -140,6 +143,8 @@ def quantize_rows_kernel(
     BLOCK_W: tl.constexpr,
 ):
     if OVERLAP:
+        # In this order, so that what the next kernel reads before it waits is older than the kernel in front of this one.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     k = tl.arange(0, BLOCK_K)
     words = tl.cdiv(K, 32)
@@ -233,7 +238,9 @@ def quantize_and_list(
     Args:
         x: [M, K], elements of a row side by side.
         threshold: as in `onegpu.formats.rowwise.quantize_rows`.
-        lead: let the next kernel begin before this one has ended, where the device can; that one waits by itself.
+        lead: begin before the kernel in front has ended, of which nothing is read before it has, and then let the next
+            one begin, where the device can; that one waits by itself, and may read before that what is older than the
+            kernel in front.
 
     Returns:
         int8 [M, K]; float32 [M]; and, unless the threshold is 0 or x is empty, int32 [K] and int32 [1]: the columns,
@@ -261,6 +268,9 @@ def quantize(
         listed = torch.empty(K, dtype=torch.int32, device=device), torch.empty(1, dtype=torch.int32, device=device)
         counters = tickets(triton.cdiv(K, 32) + 1, device)
     columns, count = listed or (row_stats, row_stats)
+    overlap = overlaps(device, lead)
+    if overlap:
+        settings["launch_pdl"] = True
     with on_device_of(x):
         quantize_rows_kernel[(programs,)](
             x,
@@ -276,7 +286,7 @@ def quantize(
             K,
             OUTLIERS=threshold > 0,
             MARK=outlier_cols is not None,
-            OVERLAP=overlaps(device, lead),
+            OVERLAP=overlap,
             num_stages=1,
             **settings,
             **NO_CONTRACTION,

@@ -57,6 +57,8 @@ typedef unsigned long long u64;
 // Codes of 64 outlier columns.
 #define OUTLIER_BYTES (CONSUMERS * ROWS * 64)
 #define SCALE_BYTES (BITS == 4 ? CONSUMERS * 4 * 64 * GROUPS : 0)
+// What sums of codes of 8 bits are multiplied by: scales of a work's rows of W, and of its rows of x.
+#define SIDE_BYTES (BITS == 8 ? CONSUMERS * ROWS * 4 + (X_BITS == 8 ? TOKENS * 4 : 0) : 0)
 #define TABLE_BYTES (BITS == 4 ? 32768 : 0)
 // Tokens that leave at a time, 64 results each, by one of three buffers by turns; swizzled as x is.
 #define PART (TOKENS % 64 == 0 && TOKENS >= 128 && !GATED && X_BITS == 16 ? 64 : 32)
@@ -65,8 +67,10 @@ typedef unsigned long long u64;
 #define BUFFERS 3
 #define STAGING_BYTES (CONSUMERS * BUFFERS * BUFFER_BYTES)
 #define HANDED_BYTES (GATED ? PART / 8 * WARPGROUP * 16 : 0)
-// 2^23 + 2^15, 2^23 + 2^7: what a whole number is off by when its bits are those of a float32.
-#define OFFSET (BITS == 4 ? 8421376.f : 8388736.f)
+// What decoded codes of 8 bits are multiples of.
+#define UNIT (BFLOAT ? 1.f / 64 : 1.f / 512)
+// 2^23 + 2^15: what a whole number of 16 bits is off by when its bits are those of a float32.
+#define OFFSET 8421376.f
 
 struct Codebook {
     float value[16];
@@ -96,7 +100,7 @@ struct Problem {
     int splits, tiles_each; // parts of so many tiles
     int bias_kind;          // 0 none, 1 float32, 2 bfloat16, 3 float16
     int vectors;            // rows of y and residual lie on 16 bytes
-    int overlap;            // wait for the kernel in front before reading x
+    int early;              // W may be read before the kernel in front has ended, of which x may be a result
 };
 
 __device__ __forceinline__ u32 shared_address(const void *p) {
@@ -137,6 +141,16 @@ __device__ __forceinline__ void prefetch(const Map *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// To L2 only, which sees what others still write.
+__device__ __forceinline__ void prefetch_2d(const Map *map, int column, int row) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_3d(const Map *map, int row, int tile) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {0, %1, %2}];"
+                 ::"l"(map), "r"(row), "r"(tile) : "memory");
+}
+
 __device__ __forceinline__ void store_2d(const Map *map, u32 from, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
                  "cp.async.bulk.commit_group;" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
@@ -151,8 +165,8 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void wait_for_kernel_in_front(const Problem &p) {
-    if (p.overlap) asm volatile("griddepcontrol.wait;" ::: "memory");
+__device__ __forceinline__ void wait_for_kernel_in_front() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 __device__ __forceinline__ u32 pack(float low, float high) {
@@ -244,18 +258,32 @@ struct Operand {
 };
 #else
 struct Lane {
-    u32 codes, from[2], byte[2];
+    u32 codes, from[2], bytes;
     __device__ __forceinline__ Lane(u32, int warp, int lane) {
         // ldmatrix gives lane t of quad g columns 4 t to 4 t + 3 of 16: of rows g and g + 8, of two sixteens at a time.
         int row = warp * 16 + lane % 16, sixteen = lane / 16;
         codes = row * 64 + ((sixteen ^ (row >> 1 & 3)) << 4);
         // It wants pairs t and t + 4 of them: halves of what lanes t / 2 and 2 + t / 2 have.
         from[0] = lane / 4 * 4 + lane % 4 / 2, from[1] = from[0] + 2;
-        byte[0] = 0x7540 + lane % 2 * 2, byte[1] = byte[0] + 1;
+        bytes = lane % 2 ? 0x4342 : 0x4140;
         // Kept, not computed again in every tile.
-        asm volatile("" : "+r"(codes), "+r"(from[0]), "+r"(from[1]), "+r"(byte[0]), "+r"(byte[1]));
+        asm volatile("" : "+r"(codes), "+r"(from[0]), "+r"(from[1]), "+r"(bytes));
     }
 };
+
+// Two codes times UNIT as 16-bit floats, of halves that are 128 more: as floats these are subnormal, which a product and a
+// sum in one make exact.
+__device__ __forceinline__ u32 widen(u32 halves) {
+    u32 both;
+#if BFLOAT
+    // times 2^127, less 2
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(halves), "r"(0x7f007f00u), "r"(0xc000c000u));
+#else
+    // times 2^15, less 1/4
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(halves), "r"(0x78007800u), "r"(0xb400b400u));
+#endif
+    return both;
+}
 
 struct Operand {
     u32 left[16];
@@ -275,10 +303,8 @@ struct Operand {
                 u32 whole = word[i] ^ 0x80808080u;
 #pragma unroll
                 for (int u = 0; u < 2; ++u) {
-                    u32 both = __shfl_sync(0xffffffffu, whole, lane.from[u]);
-                    float even = __uint_as_float(__byte_perm(both, 0x4b000000u, lane.byte[0])) - OFFSET;
-                    float odd = __uint_as_float(__byte_perm(both, 0x4b000000u, lane.byte[1])) - OFFSET;
-                    left[4 * step + 2 * u + r] = pack(even, odd);
+                    u32 four = __shfl_sync(0xffffffffu, whole, lane.from[u]);
+                    left[4 * step + 2 * u + r] = widen(__byte_perm(four, 0, lane.bytes));
                 }
             }
         }
@@ -304,11 +330,6 @@ __device__ __forceinline__ float load_bias(const Problem &p, int n) {
     float value;
     asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(value) : "r"(bits));
     return value;
-}
-
-// What a row's sums are multiplied by in the end.
-__device__ __forceinline__ float load_scale(const Problem &p, int n) {
-    return BITS == 4 ? 1.f : n < p.N ? p.row_stats[n] / 127.f : 0.f;
 }
 
 __device__ __forceinline__ float activate(float v) {
@@ -351,7 +372,8 @@ struct Place {
 };
 
 struct Shared {
-    u32 x, codes, scales, full, empty, last;
+    u32 x, codes, scales, full, empty, side_full, side_empty, last;
+    float *side; // [128] scales of W's rows, [TOKENS] of x's
 };
 
 // Outlier columns, and tiles of those at hand, which the first part of K multiplies.
@@ -366,34 +388,71 @@ __device__ __forceinline__ int outlier_tiles(int columns, const Place &at) {
 // Calls copy(stage, k, place) for all tiles of this program's works, each when its stage is free; outliers' come last.
 template <class Copy>
 __device__ __forceinline__ void copy_tiles(const Problem &p, u32 empty, int works, int token_blocks, Copy copy) {
-    int stage = 0, parity = 1, columns = outliers(p);
+    int stage = 0, parity = 1;
     for (int work = blockIdx.x; work < works; work += gridDim.x) {
         Place at(p, work, token_blocks);
-        int tiles = at.tiles + outlier_tiles(columns, at);
+        int tiles = at.tiles;
 #pragma unroll 1
         for (int k = 0; k < tiles; ++k) {
             wait_barrier(empty + stage * 8, parity);
             copy(stage, k, at);
             if (++stage == STAGES) stage = 0, parity ^= 1;
+            if (X_BITS == 8 && k + 1 == at.tiles) {
+                // How many columns there are is what a kernel in front has found.
+                wait_for_kernel_in_front();
+                tiles += outlier_tiles(outliers(p), at);
+            }
         }
     }
 }
 
-// One tile of W. Where half of its rows gate the others, the halves lie apart.
+// Scales of this program's works, each when those of the one before are no longer needed; called by a warp.
+__device__ __forceinline__ void copy_sides(const Problem &p, const Shared &shared, int works, int token_blocks) {
+    int lane = threadIdx.x % 32, parity = 1;
+    for (int work = blockIdx.x; work < works; work += gridDim.x, parity ^= 1) {
+        Place at(p, work, token_blocks);
+        wait_barrier(shared.side_empty, parity);
+#pragma unroll
+        for (int i = lane; i < CONSUMERS * ROWS; i += 32) {
+            int row = at.first_row + i / ROWS * (GATED ? p.N / 2 : ROWS) + i % ROWS;
+            shared.side[i] = row < p.N ? p.row_stats[row] / (X_BITS == 8 ? 127.f : 127.f * UNIT) : 0.f;
+        }
+#if X_BITS == 8
+        wait_for_kernel_in_front();
+#pragma unroll
+        for (int i = lane; i < TOKENS; i += 32) {
+            int token = at.first_token + i;
+            shared.side[CONSUMERS * ROWS + i] = token < p.M ? p.x_stats[token] / 127.f : 0.f;
+        }
+#endif
+        arrive(shared.side_full);
+    }
+}
+
+// One tile of W, into a stage or, as a prefetch, into L2. Where half of its rows gate the others, the halves lie apart.
+template <bool is_prefetch>
 __device__ __forceinline__ void copy_weights(const Problem &p, const Map *codes, const Map *scales, const Shared &shared,
                                              int stage, int column, int first) {
     u32 done = shared.full + stage * 8, to = shared.codes + stage * CODE_BYTES;
-    expect(done, CODE_BYTES + SCALE_BYTES);
+    if (!is_prefetch) expect(done, CODE_BYTES + SCALE_BYTES);
 #pragma unroll
     for (int half = 0; half <= GATED; ++half) {
         int row = first + half * (p.N / 2);
 #if BITS == 4
         u32 scale_to = shared.scales + stage * SCALE_BYTES;
         int block = GROUPS == 2 ? 2 * column : column >> p.scale_shift;
-        copy_3d(to + half * (CODE_BYTES / 2), codes, 4 * column, row / 16, done);
-        copy_3d(scale_to + half * (SCALE_BYTES / 2), scales, block, row / 16, done);
+        if (is_prefetch) {
+            prefetch_3d(codes, 4 * column, row / 16);
+            prefetch_3d(scales, block, row / 16);
+        } else {
+            copy_3d(to + half * (CODE_BYTES / 2), codes, 4 * column, row / 16, done);
+            copy_3d(scale_to + half * (SCALE_BYTES / 2), scales, block, row / 16, done);
+        }
 #else
-        copy_2d(to + half * (CODE_BYTES / 2), codes, COLUMNS * column, row, done);
+        if (is_prefetch)
+            prefetch_2d(codes, COLUMNS * column, row);
+        else
+            copy_2d(to + half * (CODE_BYTES / 2), codes, COLUMNS * column, row, done);
 #endif
     }
 }
@@ -475,12 +534,14 @@ __device__ __forceinline__ void leave(const Problem &p, const Map *y, float (&v)
 
 // Sums of a whole K to y.
 __device__ __forceinline__ void finish(const Problem &p, const Map *y, const Place &at, float (&sum)[TOKENS / 2],
-                                       char *staging, float4 *handed) {
+                                       char *staging, float4 *handed, const float *side) {
     int thread = threadIdx.x % WARPGROUP, consumer = threadIdx.x / WARPGROUP - 1;
     int out = GATED ? p.N / 2 : p.N, row = at.first_row + (GATED ? 0 : consumer * ROWS);
-    int bias_row = at.first_row + consumer * (GATED ? p.N / 2 : ROWS) + thread / 32 * 16 + thread % 32 / 4;
+    int of_lane = thread / 32 * 16 + thread % 32 / 4;
+    int bias_row = at.first_row + consumer * (GATED ? p.N / 2 : ROWS) + of_lane;
     float bias[2] = {load_bias(p, bias_row), load_bias(p, bias_row + 8)};
-    float scale[2] = {load_scale(p, bias_row), load_scale(p, bias_row + 8)};
+    const float *side_of_lane = side + consumer * ROWS + of_lane;
+    float scale[2] = {BITS == 8 ? side_of_lane[0] : 1.f, BITS == 8 ? side_of_lane[8] : 1.f};
 #pragma unroll
     for (int part = 0; part < TOKENS / PART; ++part) {
         int token = at.first_token + part * PART;
@@ -625,7 +686,7 @@ __device__ __forceinline__ float load_x(const Problem &p, int token, int column)
 
 // Sums of a work: products of codes times the scales of x's rows, and what its codes leave out.
 __device__ __forceinline__ void multiply_codes(const Problem &p, const Place &at, Multiplier &m, u32 outlier_codes,
-                                               float (&sum)[TOKENS / 2]) {
+                                               int side_parity, float (&sum)[TOKENS / 2]) {
     int product[TOKENS / 2], lane = threadIdx.x % 32;
     u32 used = 0;
     for (int k = 0; k < at.tiles; ++k) {
@@ -643,12 +704,13 @@ __device__ __forceinline__ void multiply_codes(const Problem &p, const Place &at
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     if (lane == 0) arrive(used);
     int first = at.first_token + lane % 4 * 2;
+    wait_barrier(m.shared.side_full, side_parity);
+    const float *scales = m.shared.side + CONSUMERS * ROWS + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; ++i)
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
-            int token = first + 8 * i + b;
-            float scale = token < p.M ? p.x_stats[token] / 127.f : 0.f;
+            float scale = scales[8 * i + b];
             sum[4 * i + b] = (float)product[4 * i + b] * scale;
             sum[4 * i + 2 + b] = (float)product[4 * i + 2 + b] * scale;
         }
@@ -668,7 +730,7 @@ __device__ __forceinline__ void multiply_codes(const Problem &p, const Place &at
             for (int j = 0; j < 4; ++j) multiply(part, codes.left + 4 * j, right + first * 8 + 2 * j, j > 0);
             asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < 16; ++i) sum[first / 2 + i] += part[i];
+            for (int i = 0; i < 16; ++i) sum[first / 2 + i] += part[i] * (1.f / UNIT);
         }
 #pragma unroll
         for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(codes.left[i]));
@@ -710,9 +772,11 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
     shared.x = shared_address(base);
     shared.codes = shared.x + STAGES * X_BYTES;
     shared.scales = shared_address(table) + TABLE_BYTES;
-    shared.full = shared_address(handed) + HANDED_BYTES;
+    shared.side = (float *)((char *)handed + HANDED_BYTES);
+    shared.full = shared_address(shared.side) + SIDE_BYTES;
     shared.empty = shared.full + STAGES * 8;
-    shared.last = shared.empty + STAGES * 8;
+    shared.side_full = shared.empty + STAGES * 8, shared.side_empty = shared.side_full + 8;
+    shared.last = shared.side_empty + 8;
 
     int token_blocks = (p.M + TOKENS - 1) / TOKENS;
     int works = Place::count(p, token_blocks);
@@ -726,6 +790,7 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
             init_barrier(shared.full + i * 8, 2);
             init_barrier(shared.empty + i * 8, CONSUMERS * 4);
         }
+        init_barrier(shared.side_full, 32), init_barrier(shared.side_empty, CONSUMERS * 4);
         // The copies arrive there from outside of what threads see.
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
@@ -733,11 +798,17 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
 
     if (threadIdx.x < WARPGROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
+        if (!p.early) {
+            Place at(p, blockIdx.x, token_blocks);
+            if (threadIdx.x == 0)
+                for (int k = 0; k < min(STAGES, at.tiles); ++k)
+                    copy_weights<true>(p, &w, &absmax, shared, 0, at.first_tile + k, at.first_row);
+            wait_for_kernel_in_front();
+        }
         if (threadIdx.x == 0)
-            // Weights were there before the kernel in front; x may be what it writes.
             copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int k, const Place &at) {
                 if (X_BITS == 16 || k < at.tiles) {
-                    copy_weights(p, &w, &absmax, shared, stage, at.first_tile + k, at.first_row);
+                    copy_weights<false>(p, &w, &absmax, shared, stage, at.first_tile + k, at.first_row);
                 } else {
                     u32 done = shared.full + stage * 8;
                     expect(done, OUTLIER_BYTES);
@@ -745,7 +816,7 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
                 }
             });
         if (threadIdx.x == 32) {
-            wait_for_kernel_in_front(p);
+            wait_for_kernel_in_front();
             copy_tiles(p, shared.empty, works, token_blocks, [&](int stage, int k, const Place &at) {
                 u32 done = shared.full + stage * 8, to = shared.x + stage * X_BYTES;
                 expect(done, X_BYTES);
@@ -755,6 +826,7 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
                     copy_2d(to, &outlier_x, 64 * (k - at.tiles), at.first_token, done);
             });
         }
+        if (BITS == 8 && threadIdx.x / 32 == 2) copy_sides(p, shared, works, token_blocks);
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
@@ -767,15 +839,16 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
     for (int i = 0; i < 8; ++i) *(uint4 *)(table + byte * 128 + (byte + i & 7) * 16) = make_uint4(both, both, both, both);
     sync_threads(1, CONSUMERS * WARPGROUP);
 #endif
-    wait_for_kernel_in_front(p);
+    wait_for_kernel_in_front();
     Shared mine = shared;
     mine.codes += consumer * (CODE_BYTES / 2), mine.scales += consumer * (SCALE_BYTES / 2);
     Multiplier multiplier{mine, Lane(shared_address(table), threadIdx.x / 32 % 4, threadIdx.x % 32), codebook.inverse, 0, 0};
-    for (int work = blockIdx.x; work < works; work += gridDim.x) {
+    int side_parity = 0;
+    for (int work = blockIdx.x; work < works; work += gridDim.x, side_parity ^= 1) {
         Place at(p, work, token_blocks);
         float sum[TOKENS / 2];
 #if X_BITS == 8
-        multiply_codes(p, at, multiplier, shared.codes + consumer * (OUTLIER_BYTES / 2), sum);
+        multiply_codes(p, at, multiplier, shared.codes + consumer * (OUTLIER_BYTES / 2), side_parity, sum);
 #else
 #if SCALE_SUMS
 #pragma unroll
@@ -792,7 +865,13 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
         for (int i = 0; i < TOKENS / 2; ++i) sum[i] *= codebook.inverse;
 #endif
 #endif
-        if (at.cut < 0 || collect(p, at, sum, shared.last)) finish(p, &y, at, sum, staging, handed);
+        bool all = at.cut < 0 || collect(p, at, sum, shared.last);
+        if (BITS == 8) wait_barrier(shared.side_full, side_parity);
+        if (all) finish(p, &y, at, sum, staging, handed, shared.side);
+        if (BITS == 8) {
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) arrive(shared.side_empty);
+        }
     }
     // Shared memory stays until the stores have read it.
     if (threadIdx.x % WARPGROUP == 0) wait_stores<0>();
