@@ -146,7 +146,7 @@ def shared_bytes(shape: Shape) -> int:
 def configure(M: int, N: int, K: int, processors: int, x_bits: int = 16) -> Config:
     """The configuration for M rows of x and a weight [N, K]."""
     if x_bits == 8:
-        cuts = [Config(tokens, splits) for tokens in INT8_TOKENS for splits in INT8_SPLITS if K >= 512 * splits]
+        cuts = [Config(tokens, splits) for tokens in INT8_TOKENS for splits in INT8_SPLITS if 512 * splits <= K]
         cuts = cuts or [Config(INT8_TOKENS[0])]
         return min(cuts, key=lambda config: clocks(config, M, N, ceil_div(K, 128), processors, INT8_CLOCKS))
     choices = [

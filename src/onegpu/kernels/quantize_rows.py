@@ -143,7 +143,7 @@ def quantize_rows_kernel(
     BLOCK_W: tl.constexpr,
 ):
     if OVERLAP:
-        # In this order, so that what the next kernel reads before it waits is older than the kernel in front of this one.
+        # In this order: what the next kernel reads before it waits is older than the kernel in front of this one.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     k = tl.arange(0, BLOCK_K)
