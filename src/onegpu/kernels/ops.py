@@ -356,9 +356,8 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
 
     Outlier columns of x (see `quantize_8bit_rows`, over all rows of the call) keep their own dtype. Sums are exact
     int32 or float32, rounded once. Differentiable in x and bias.
-    On a GPU with tensor cores, up to 32 rows of 16-bit x (on Hopper 256, and 2,048 of weights up to 2**24 elements) are
-    not quantized at all (`linear_8bit_rows`): reading W takes the time then. That is at least as exact, and rows do not
-    depend on each other.
+    On a GPU with tensor cores, up to 32 rows of 16-bit x (on Hopper 64) are not quantized at all (`linear_8bit_rows`):
+    reading W takes the time then. That is at least as exact, and rows do not depend on each other.
 
     Args:
         x: [..., K], bfloat16, float16 or float32; any number of rows, also none.
