@@ -80,15 +80,28 @@ def disassemble(cubin: bytes) -> tuple[list[str], int, int]:
     return lines, registers, shared
 
 
-def loop(lines: list[str]) -> list[str]:
-    """The instructions of a step: the smallest loop around the tensor core, less what it mostly jumps over."""
+def round_of(lines: list[str]) -> list[str]:
+    """The instructions of a round: the smallest loop around the tensor core, less what it mostly jumps over."""
     labels = {line: i for i, line in enumerate(lines) if line.startswith(".L")}
     jumps = [(i, labels[target.group(1)]) for i, line in enumerate(lines) if (target := JUMP.search(line))]
     loops = [(to, at) for at, to in jumps if to < at and any("HMMA" in line for line in lines[to:at])]
     start, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    skipped = [(at + 1, to) for at, to in jumps if start < at < to <= end]
-    first, last = max(skipped, key=lambda part: part[1] - part[0], default=(end + 1, end + 1))
-    return [line for line in lines[start:first] + lines[last : end + 1] if not line.startswith(".L")]
+    skipped = {i for at, to in jumps if start < at < to <= end for i in range(at + 1, to)}
+    return [line for i, line in enumerate(lines[start : end + 1], start) if i not in skipped and line[0] != "."]
+
+
+def waited_for(lines: list[str], loads_of_step: int) -> list[str]:
+    """Loads of weights that a round reads before its next step has asked for its own, which then waits for them."""
+    loads = [i for i, line in enumerate(lines) if line.startswith("LDG.E.NA.128")]
+    found = []
+    for n, i in enumerate(loads):
+        following = (n // loads_of_step + 1) * loads_of_step
+        end = loads[following] if following < len(loads) else len(lines)
+        first = int(re.search(r"R(\d+)", lines[i]).group(1))
+        names = {f"R{first + j}" for j in range(4)}
+        readers = [line for line in lines[i + 1 : end] if names & set(re.findall(r"\bR\d+\b", line))]
+        found += [f"{lines[i]} before {line}" for line in readers[:1]]
+    return found
 
 
 def before_wait(lines: list[str]) -> dict[str, int]:
@@ -113,7 +126,12 @@ def measure(
         "config": [config.warps, config.warps_n, config.tiles, config.unroll],
         "overlap": settings["OVERLAP"],
         "mma": parse(ptx).count("mma"),
-        "expected_mma": 4 * settings["COLUMNS"] * config.tiles * config.unroll * (2 if arch < 80 else 1),
+        "expected_mma": 4
+        * settings["COLUMNS"]
+        * config.tiles
+        * config.unroll
+        * settings["ROUND"]
+        * (2 if arch < 80 else 1),
         "tables": ptx.count("onegpu_table["),
         "hmma": sum("HMMA" in line for line in lines),
         "spilled": sum(line.startswith(("STL", "LDL")) for line in lines),
@@ -121,7 +139,10 @@ def measure(
         "shared": shared,
         "declared": static + compiled.metadata.shared,
         "dynamic": compiled.metadata.shared,
-        "instructions_per_weight": len(loop(lines)) / (32 * config.tiles * config.unroll),
+        "instructions_per_weight": len(round_of(lines)) / (32 * config.tiles * config.unroll * settings["ROUND"]),
+        "twice": config.twice,
+        "ahead": settings["AHEAD"],
+        "waited_for": waited_for(round_of(lines), config.tiles * config.unroll),
         "waits": sum("ACQBULK" in line for line in lines),
         "before_wait": before_wait(lines),
     }
@@ -133,7 +154,7 @@ def compile_all(architectures: list[str]) -> None:
     for arch in architectures:
         seen = set()
         for (kind, *name), config in shipped.items():
-            shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll, config.ahead)
+            shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll, config.ahead, config.twice)
             shape += (config.edges and int(arch) >= 90,)
             if shape in seen:
                 continue
@@ -282,6 +303,39 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
     "eight tiles a step, two factors": (Config(4, 1, 2, 4), 1, 41, 6144, "bf16", {"nested": True, "grid": 1}),
     "x not ahead": (Config(4, 1, 1, 2, ahead=False), 7, 30, 512, "bf16", {"nested": True}),
     "overlapping": (Config(4, 1, 2, 2), 1, 70, 1024, "bf16", {"overlap": True, "nested": True, "grid": 2}),
+    "two steps a round, one too many": (Config(4, 1, 1, 4, ahead=False, twice=True), 1, 48, 1024, "bf16", {"grid": 1}),
+    "two steps a round, nested": (
+        Config(4, 1, 2, 2, ahead=False, twice=True),
+        1,
+        77,
+        1472,
+        "fp16",
+        {"nested": True, "bias": "fp32", "residual": True, "grid": 2},
+    ),
+    "two steps a round, two factors a row": (
+        Config(8, 1, 1, 2, ahead=False, twice=True),
+        5,
+        45,
+        14336,
+        "bf16",
+        {"nested": True, "grid": 2, "residual": True},
+    ),
+    "two steps a round, x ahead, gated": (
+        Config(4, 2, 2, 2, twice=True),
+        8,
+        160,
+        640,
+        "bf16",
+        {"gated": True, "activation": "silu", "residual": True, "bias": "bf16", "grid": 1},
+    ),
+    "two steps a round, sixteen rows": (
+        Config(4, 1, 1, 2, ahead=False, twice=True, edges=True),
+        16,
+        56,
+        1024,
+        "bf16",
+        {"blocksize": 32, "bias": "bf16", "grid": 3},
+    ),
     "edges": (Config(4, 1, 1, 4, edges=True), 1, 41, 1024, "bf16", {"grid": 2}),
     "edges, nested, guarded, gated": (
         Config(8, 1, 2, 2, edges=True),

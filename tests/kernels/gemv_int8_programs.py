@@ -9,7 +9,6 @@ Run as a program: Triton's interpreter must be off, hence a process of its own.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from triton.compiler import compile as compile_source
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kernels.gemv_4bit_programs import CANARY, JUMP, TORCH, disassemble, emit, padded
+from kernels.gemv_4bit_programs import CANARY, TORCH, disassemble, emit, padded, round_of, waited_for
 from kernels.ptx_machine import Machine, Memory, PtxError, launch, parse
 from onegpu.formats import rowwise
 from onegpu.kernels import asm_4bit, asm_int8
@@ -77,38 +76,6 @@ def order_of(program: Any) -> str:
     return found
 
 
-def round_of(lines: list[str]) -> list[str]:
-    """The instructions of a round: the smallest loop around the tensor core, less what it mostly jumps over."""
-    labels = {line: i for i, line in enumerate(lines) if line.startswith(".L")}
-    jumps = [(i, labels[target.group(1)]) for i, line in enumerate(lines) if (target := JUMP.search(line))]
-    loops = [(to, at) for at, to in jumps if to < at and any("HMMA" in line for line in lines[to:at])]
-    start, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    skipped = {i for at, to in jumps if start < at < to <= end for i in range(at + 1, to)}
-    return [line for i, line in enumerate(lines[start : end + 1], start) if i not in skipped and line[0] != "."]
-
-
-def waited_for(lines: list[str]) -> list[str]:
-    """Loads of weights that the round which issues them reads before its next load of weights.
-
-    Such a load is not on its way while the step before it is multiplied.
-    """
-    found = []
-    loads = [i for i, line in enumerate(lines) if line.startswith("LDG.E.NA.128")]
-    for i in loads:
-        first = int(re.search(r"R(\d+)", lines[i]).group(1))
-        names = {f"R{first + j}" for j in range(4)}
-        # The tensor core's steps of one step's tiles lie between a load and the first use of what it brings.
-        for line in lines[i + 1 :]:
-            if "HMMA" in line:
-                break
-            if names & set(re.findall(r"\bR\d+\b", line)):
-                found.append(f"{lines[i]} before {line}")
-                break
-        else:
-            continue
-    return found
-
-
 def measure(M: int, config: Config, arch: int, *, overlap: bool, **tail: Any) -> dict[str, Any]:
     dtype = "fp16" if arch < 80 else "bf16"
     K = 64 * config.warps * config.unroll
@@ -128,7 +95,7 @@ def measure(M: int, config: Config, arch: int, *, overlap: bool, **tail: Any) ->
         "registers": registers,
         "shared": shared,
         "declared": declared + compiled.metadata.shared,
-        "waited_for": waited_for(round_of(lines)),
+        "waited_for": waited_for(round_of(lines), 2 * config.tiles * config.unroll),
         "instructions_per_weight": len(round_of(lines)) / (64 * config.tiles * config.unroll),
         "order": order_of(program),
     }

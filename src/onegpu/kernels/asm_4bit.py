@@ -53,6 +53,7 @@ __all__ = [
     "nested_scales",
     "share",
     "static_bytes",
+    "stay_behind",
     "store",
     "sum_one_row",
     "sum_one_row_operands",
@@ -151,6 +152,13 @@ def load_codes(unroll: int, stride: int, guarded: bool) -> str:
             text += f"setp.ne.b32 p, ${count + 1 + u}, 0; "
         text += f"@p ld.global.L1::no_allocate.v4.b32 {{{words}}}, [${count} + {u * stride}];\n"
     return text + "}"
+
+
+@triton.constexpr_function
+def stay_behind() -> str:
+    """What keeps loads in front of it, and memory operations after it there: the assembler, to save registers, would
+    put loads behind the work that they are meant to run beside. Operands: a zero out; anything."""
+    return "bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
 
 
 @triton.constexpr_function

@@ -12,8 +12,10 @@ in the tiles of `onegpu.formats.tiling`.
 A warp takes `TILES` tiles of 16 rows by `UNROLL` tiles of 64 columns at a time; of a program's warps, `WARPS_N` lie
 side by side along rows of W and the rest split K. A program walks row groups with the stride of the grid, and every
 load of codes, scales and (while registers last) x is issued one step before it is used, across row groups too: what
-counts is bytes in flight. With `GATED` a warp's tiles are pairs, one of rows n and one of rows n + N / 2, so that a
-gate and what it multiplies meet in one thread.
+counts is bytes in flight. In a round of one step, what was loaded moves to the registers that the next step reads, and
+so is waited for at the end of its own; in a round of two (where registers last) it stays where it is. With `GATED` a
+warp's tiles are pairs, one of rows n and one of rows n + N / 2, so that a gate and what it multiplies meet in one
+thread.
 
 Everything that touches registers of a tensor core is inline assembly on values of shape [warps, 32 lanes], whose
 element index is the thread's own index; so are the stores (see `asm_4bit.store`). The operands of x are rows in their
@@ -299,6 +301,18 @@ def finish_one_row(
 
 
 @triton.jit
+def load_residuals(residual_ptr, lane, warp_k, first_row, eight: tl.constexpr, M, rows):
+    """A lane's four elements of the residual for one tile and eight rows of x, in the order of its sums."""
+    out = ()
+    for i in tl.static_range(4):
+        row = first_row + i // 2 * 8
+        column = eight * 8 + i % 2 + lane % 4 * 2
+        wanted = (warp_k == 0) & (column < M) & (row < rows)
+        out = out + (load_element(residual_ptr + column * rows + row, wanted),)  # noqa: RUF005
+    return out
+
+
+@triton.jit
 def finish_rows(
     sums, y_ptr, bias_ptr, residual_ptr, lane, warp_n, warp_k, group, M, N,
     QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -311,6 +325,18 @@ def finish_rows(
     CHUNK: tl.constexpr = asm.chunk(WARPS, TOTAL)
     PER: tl.constexpr = 2 if GATED else 1
     rows = N // 2 if GATED else N
+    biases = ()
+    residuals = ()
+    # Asked for at once, and before warps wait for each other; residuals of more rows would take too many registers.
+    for t in tl.static_range(TILES // PER):
+        first_row = ((group * WARPS_N + warp_n) * (TILES // PER) + t) * 16 + lane // 4
+        for half in tl.static_range(2 if HAS_BIAS else 0):
+            row = first_row + 8 * half
+            for second in tl.static_range(PER):
+                wanted = (warp_k == 0) & (row < rows)
+                biases = biases + (load_element(bias_ptr + second * rows + row, wanted),)  # noqa: RUF005
+        if HAS_RESIDUAL and COLUMNS == 1:
+            residuals = residuals + load_residuals(residual_ptr, lane, warp_k, first_row, 0, M, rows)
     values = ()
     for first in tl.static_range(0, TOTAL, CHUNK):
         part = slice_of(sums, first, CHUNK)
@@ -330,19 +356,21 @@ def finish_rows(
             row = tile * 16 + i // 2 % 2 * 8 + lane // 4
             column = i // 4 * 8 + i % 2 + lane % 4 * 2
             wanted = (warp_k == 0) & (column < M) & (row < rows)
+            if HAS_RESIDUAL and COLUMNS > 1 and i % 4 == 0:
+                residuals = load_residuals(residual_ptr, lane, warp_k, tile * 16 + lane // 4, i // 4, M, rows)
             bias = lane * 0.0
             other_bias = lane * 0.0
             if HAS_BIAS:
-                bias = load_element(bias_ptr + row, wanted)
+                bias = biases[PER * (2 * t + i // 2 % 2)]
                 if GATED:
-                    other_bias = load_element(bias_ptr + rows + row, wanted)
+                    other_bias = biases[PER * (2 * t + i // 2 % 2) + 1]
             value = scaled(values[PER * t * SUMS + i], bias, QUANT_TYPE, DTYPE, HAS_BIAS)
             if ACTIVATION is not None:
                 value = activate(value, ACTIVATION)
             if GATED:
                 value = value * scaled(values[(PER * t + 1) * SUMS + i], other_bias, QUANT_TYPE, DTYPE, HAS_BIAS)
             if HAS_RESIDUAL:
-                value = value + load_element(residual_ptr + column * rows + row, wanted)
+                value = value + residuals[t * SUMS + i if COLUMNS == 1 else i % 4]
             store_element(y_ptr + column * rows + row, value, wanted)
 
 
@@ -380,6 +408,7 @@ def gemv_4bit_kernel(
     AHEAD: tl.constexpr,  # x is loaded a step ahead too
     OVERLAP: tl.constexpr,  # None, "edges" or "weights"
     DEPTH: tl.constexpr,  # of one tensor core step: 16, on Turing 8
+    ROUND: tl.constexpr,  # steps in a round of the loop, 1 or 2
 ):
     WARPS_K: tl.constexpr = WARPS // WARPS_N
     SUMS: tl.constexpr = TILES * asm.num_products(COLUMNS, ONE_ROW, 1)
@@ -428,50 +457,64 @@ def gemv_4bit_kernel(
     total = tl.cdiv(groups - group, tl.num_programs(0)) * steps
     sums = zeros(thread * 0, SUMS)
     turn = 0
-    for i in range(total):
-        last = step + 1 == steps
-        next_step = tl.where(last, 0, step + 1)
-        next_group = tl.where(last, group + tl.num_programs(0), group)
-        if AHEAD:
-            now_x = x
-        else:
-            now_x = load_rows(
-                x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+    for i in range(0, total, ROUND):
+        for part in tl.static_range(ROUND):
+            # Each step of a round of two has registers of its own: to hand loaded ones on would be to wait for them.
+            ends = step + 1 == steps
+            last = ends
+            if ROUND == 2:
+                # The second step of the last round may be one too many.
+                last = ends & (group < groups)
+            next_step = tl.where(ends, 0, step + 1)
+            next_group = tl.where(ends, group + tl.num_programs(0), group)
+            more = i + part + 1 < total
+            if not AHEAD and ROUND == 1:
+                now_x = load_rows(
+                    x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+                )  # fmt: skip
+            next_codes, next_scales = load_weights(
+                tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, more, N, K,
+                BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
             )  # fmt: skip
-        next_codes, next_scales = load_weights(
-            tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, i + 1 < total, N, K,
-            BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
-        )  # fmt: skip
-        if AHEAD:
-            x = load_rows(
-                x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+            if AHEAD:
+                now_x = x
+                x = load_rows(
+                    x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+                )  # fmt: skip
+            if ROUND == 2:
+                tl.inline_asm_elementwise(
+                    asm.stay_behind(), "=r,r", (thread,), dtype=tl.int32, is_pure=False, pack=1
+                )  # fmt: skip
+            if not AHEAD and ROUND == 2:
+                now_x = load_rows(
+                    x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+                )  # fmt: skip
+            sums = multiply_step(
+                sums, codes, scales, held, now_x, table,
+                BLOCKSIZE, NESTED, BY_ROW, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
             )  # fmt: skip
-        sums = multiply_step(
-            sums, codes, scales, held, now_x, table,
-            BLOCKSIZE, NESTED, BY_ROW, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
-        )  # fmt: skip
-        if last:
-            if NESTED:
-                held = load_constants(
-                    nested_absmax_ptr, nested_offset_ptr, lane, warp_n, next_group, (i + 1 < total).to(tl.int32), N, K,
-                    BLOCKSIZE, BY_ROW, WARPS_N, TILES, UNROLL, GATED, OFFSETS,
-                )  # fmt: skip
-            if ONE_ROW:
-                finish_one_row(
-                    sums, y_ptr, bias_ptr, residual_ptr, thread, group, turn, N,
-                    QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, WARPS, TILES,
-                )  # fmt: skip
-                turn = 1 - turn
-            else:
-                finish_rows(
-                    sums, y_ptr, bias_ptr, residual_ptr, lane, warp_n, warp_k, group, M, N,
-                    QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, COLUMNS, WARPS, WARPS_N, TILES,
-                )  # fmt: skip
-            sums = zeros(thread * 0, SUMS)
-        codes = next_codes
-        scales = next_scales
-        step = next_step
-        group = next_group
+            if last:
+                if NESTED:
+                    held = load_constants(
+                        nested_absmax_ptr, nested_offset_ptr, lane, warp_n, next_group, more.to(tl.int32), N, K,
+                        BLOCKSIZE, BY_ROW, WARPS_N, TILES, UNROLL, GATED, OFFSETS,
+                    )  # fmt: skip
+                if ONE_ROW:
+                    finish_one_row(
+                        sums, y_ptr, bias_ptr, residual_ptr, thread, group, turn, N,
+                        QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, WARPS, TILES,
+                    )  # fmt: skip
+                    turn = 1 - turn
+                else:
+                    finish_rows(
+                        sums, y_ptr, bias_ptr, residual_ptr, lane, warp_n, warp_k, group, M, N,
+                        QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, COLUMNS, WARPS, WARPS_N, TILES,
+                    )  # fmt: skip
+                sums = zeros(thread * 0, SUMS)
+            codes = next_codes
+            scales = next_scales
+            step = next_step
+            group = next_group
 
 
 @functools.cache
@@ -525,6 +568,7 @@ def constants(
         "AHEAD": config.ahead and not runs_out_of_registers(M, config, capability),
         "OVERLAP": overlapping,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
+        "ROUND": 2 if config.twice else 1,
         "num_warps": config.warps,
         "launch_pdl": overlapping is not None,
     }

@@ -23,6 +23,7 @@ class Config:
     even: bool = False  # fewer programs, so that all have the same number of row groups
     overlaps: bool = True  # may read W while the kernel in front still runs, where the caller allows it
     edges: bool = False  # else begin while that one runs, ask L2 for W, and wait
+    twice: bool = False  # two steps in a round of the 4-bit kernel's loop, which takes registers for both
 
     def grid(self, N: int, processors: int) -> int:
         """Programs for N rows of W."""
@@ -61,15 +62,16 @@ class Config:
 # --tune`: what counts is bytes in flight, so programs are small and tiles lie along K; deep weights have few rows, so
 # 16 warps split K; many rows of x pay for themselves when two to four tiles of W use them. Edges overlap where that was
 # quicker in a row of products: 3-12 % (but 6-12 % slower at 8 rows of `narrow` and `deep`, where programs of the next
-# kernel gather on few processors).
+# kernel gather on few processors). Rounds of two steps by counts, not yet measured: where registers leave room for as
+# many programs as there are.
 ALONE = {
-    (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True),
-    (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True),
+    (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
+    (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
     (1, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True, edges=True),
     (1, "deep"): Config(16, 1, 1, 2, ahead=False, edges=True),
     (8, "narrow"): Config(4, 1, 1, 4, ahead=False),
     (8, "small"): Config(4, 1, 1, 4, ahead=False, edges=True),
-    (8, "wide"): Config(4, 2, 2, 2, edges=True),
+    (8, "wide"): Config(4, 2, 2, 2, edges=True, twice=True),
     (8, "deep"): Config(4, 1, 1, 4, ahead=False),
     (16, "narrow"): Config(4, 1, 1, 2, ahead=False),
     (16, "small"): Config(4, 1, 1, 2, ahead=False),
@@ -84,7 +86,7 @@ ALONE = {
 # measured in a whole layer: norm, qkv, attention, o + residual, norm, gated product, down + residual, 32 times.
 OVERLAPPED = ALONE | {
     (1, "narrow"): Config(16, 1, 1, 2),
-    (1, "small"): Config(4, 1, 1, 4, ahead=False),
+    (1, "small"): Config(4, 1, 1, 4, ahead=False, twice=True),
     (1, "deep"): Config(16, 1, 1, 2),
     (8, "narrow"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
     (8, "small"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
