@@ -65,7 +65,7 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool, over
     ]:
         # Marks are the operator's, which lets nothing begin before it has ended.
         lead = K != 28672 and outliers and overlaps
-        forms = {"OUTLIERS": outliers, "MARK": K == 28672, "OVERLAP": lead, "num_stages": 1}
+        forms = {"OUTLIERS": outliers, "MARK": K == 28672, "LEAD": lead, "num_stages": 1}
         settings = {**forms, **quantize_rows.row_settings(K)}
         yield Case(f"quantize rows {K} {outliers}", quantize_rows.quantize_rows_kernel, settings, sixteen_bit)
     clear = {"BLOCK_M": quantize_rows.CLEAR_ROWS, "BLOCK_O": quantize_rows.CLEAR_COLUMNS}

@@ -56,23 +56,23 @@ def test_products_keep_their_sums_in_registers(
     assert names.count("HGMMA") == 4 * tokens // 32
 
 
-@pytest.mark.parametrize("outliers", [0, 1, 5, 33, 64, 70, 128, 150, 160])
+@pytest.mark.parametrize("outliers", [0, 1, 5, 33, 64, 70, 250, 256, 300, 320])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_columns_side_by_side(dtype: torch.dtype, outliers: int, device: torch.device) -> None:
     """Zeros fill their last tile, and codes of x are cleared in all of them, those beyond the tiles too."""
     module = pytest.importorskip("onegpu.kernels.gemm_int8")
-    wide = normal(130, 192).to(dtype).to(device)
-    x, codes = wide[:, 16:176], torch.randint(-127, 128, (70, 176), dtype=torch.int8)[:, :160].to(device)
-    x_codes = torch.randint(1, 128, (130, 160), dtype=torch.int8).to(device)
+    wide = normal(130, 352).to(dtype).to(device)
+    x, codes = wide[:, 16:336], torch.randint(-127, 128, (70, 336), dtype=torch.int8)[:, :320].to(device)
+    x_codes = torch.randint(1, 128, (130, 320), dtype=torch.int8).to(device)
     before = x_codes.clone()
-    columns = torch.randperm(160, generator=torch.Generator().manual_seed(outliers)).to(device, torch.int32)
+    columns = torch.randperm(320, generator=torch.Generator().manual_seed(outliers)).to(device, torch.int32)
     count = torch.tensor([outliers], dtype=torch.int32, device=device)
     x_out, codes_out = module.gather_columns(x, x_codes, codes, columns, count, overlap=True)
     listed = columns[:outliers].long()
-    tiles = min(-(-outliers // 64) * 64, 128)
+    tiles = min(-(-outliers // 64) * 64, module.CAPACITY)
     for out, source in ((x_out, x), (codes_out, codes)):
-        assert out.shape == (source.shape[0], 128)
-        assert torch.equal(out[:, : min(outliers, 128)], source[:, listed[:128]])
+        assert out.shape == (source.shape[0], module.CAPACITY)
+        assert torch.equal(out[:, : min(outliers, module.CAPACITY)], source[:, listed[: module.CAPACITY]])
         assert not out[:, outliers:tiles].any()
     assert torch.equal(x_codes, without(before, listed))
 
@@ -121,7 +121,7 @@ def exact_result(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("outliers", [None, 0, 1, 64, 70, 128, 150])
+@pytest.mark.parametrize("outliers", [None, 0, 1, 64, 70, 256, 300])
 @pytest.mark.parametrize(("N", "K"), [(1, 208), (34, 192), (200, 336), (272, 1024), (130, 5120)])
 def test_product(gemm, N: int, K: int, outliers: int | None, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(N)
@@ -129,8 +129,9 @@ def test_product(gemm, N: int, K: int, outliers: int | None, dtype: torch.dtype)
     row_stats, bias = on_gpu(N).abs() + 0.5, on_gpu(N, seed=1).to(dtype)
     for M in (1, 33, 300):
         x = on_gpu(M, K, seed=M).to(dtype)
-        x_codes, stats, listed = quantized(x, outliers or 0)
-        columns = listed[0][: outliers or 0].long()
+        number = min(outliers or 0, K)
+        x_codes, stats, listed = quantized(x, number)
+        columns = listed[0][:number].long()
         cleared = without(x_codes, columns)
         exact = exact_result(x, cleared, stats, codes, row_stats, columns) + bias.double()
         whole = reference.int8_product(cleared, codes).float() * stats[:, None] * row_stats / 127**2
@@ -159,11 +160,11 @@ def test_rows_apart_and_rows_of_codes_apart(gemm) -> None:
 @pytest.mark.gpu
 def test_captured_with_other_outliers(gemm) -> None:
     """How many columns there are is read by each replay."""
-    codes = torch.randint(-127, 128, (300, 256), dtype=torch.int8, device="cuda")
-    x, row_stats = on_gpu(400, 256).bfloat16(), on_gpu(300).abs()
+    codes = torch.randint(-127, 128, (300, 384), dtype=torch.int8, device="cuda")
+    x, row_stats = on_gpu(400, 384).bfloat16(), on_gpu(300).abs()
     x_codes, stats, (order, count) = quantized(x, 3)
     y = torch.empty(400, 300, dtype=x.dtype, device="cuda")
-    other = quantized(x, 140)
+    other = quantized(x, 300)
 
     def call() -> Tensor:
         gemm.gemm_int8(y, x, x_codes, stats, codes, row_stats, None, (order, count))
@@ -176,6 +177,6 @@ def test_captured_with_other_outliers(gemm) -> None:
 
     captured = run_captured(call, change).clone()
     assert torch.equal(captured, call())
-    cleared = without(x_codes, order[:140].long())
-    exact = exact_result(x, cleared, stats, codes, row_stats, order[:140].long())
+    cleared = without(x_codes, order[:300].long())
+    exact = exact_result(x, cleared, stats, codes, row_stats, order[:300].long())
     assert float((captured.double() - exact).abs().max()) <= 2**-7 * float(exact.abs().max())

@@ -150,11 +150,11 @@ def test_which_kernels_overlap() -> None:
     """As `gemv_4bit`: "weights" where the caller allows it, else "edges" where the configuration has them."""
     gemv = pytest.importorskip("onegpu.kernels.gemv_int8")
     tail = {"has_bias": False, "has_residual": False, "activation": None, "gated": False}
-    for M, overlap, expected in ((1, False, "edges"), (1, True, "weights"), (8, False, None), (8, True, "weights")):
+    for edges, overlap, expected in ((True, False, "edges"), (False, False, None), (True, True, "weights")):
         for capability in ((8, 9), (9, 0), (12, 0)):
             wanted = expected if capability >= (9, 0) else None
-            config = gemv.configure(M, 4096, 4096)
-            settings = gemv.constants(config, M, 4096, **tail, overlap=overlap, capability=capability)
+            config = replace(gemv.configure(1, 4096, 4096), edges=edges)
+            settings = gemv.constants(config, 1, 4096, **tail, overlap=overlap, capability=capability)
             assert settings["OVERLAP"] == wanted
             assert settings["launch_pdl"] == (wanted is not None)
 

@@ -204,8 +204,9 @@ def linear_16bit(
         residual: added at the end, in the dtype and shape of the result; or None.
         activation: `silu`, `gelu`, `gelu_tanh`, `relu` or None.
         gated: the first N/2 rows of W are the gate, which alone goes through the activation, and multiplies the rest.
-        overlap: the kernel may fetch weights while the one before it on the stream still runs. Only where neither
-            that one nor the one before it wrote the weight. Without effect below compute capability 9.0.
+        overlap: the kernel may read weights while those before it on the stream still run. Only where none of these
+            writes the weight: a product lets the next one begin, whatever its own `overlap`. Without effect below
+            compute capability 9.0.
 
     Returns:
         [..., N], or [..., N/2] if gated, in the dtype of x.

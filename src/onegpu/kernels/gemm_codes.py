@@ -48,7 +48,7 @@ ACTIVATIONS: Final = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 BIAS_KINDS: Final = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 KINDS: Final = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.int8: "UINT8"}
 # Columns that codes of x leave out and that are multiplied as a tile; any more are multiplied one by one.
-CAPACITY: Final = 128
+CAPACITY: Final = 256
 
 
 class Codebook(ctypes.Structure):

@@ -62,11 +62,10 @@ class Config:
 # --tune`: what counts is bytes in flight, so programs are small and tiles lie along K; deep weights have few rows, so
 # 16 warps split K; many rows of x pay for themselves when two to four tiles of W use them. Edges overlap where that was
 # quicker in a row of products: 3-12 % (but 6-12 % slower at 8 rows of `narrow` and `deep`, where programs of the next
-# kernel gather on few processors). Rounds of two steps by counts, not yet measured: where registers leave room for as
-# many programs as there are.
+# kernel gather on few processors). Rounds of two steps were quicker, by 2-5 %, at 8 rows of `wide` alone.
 ALONE = {
-    (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
-    (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
+    (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True),
+    (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True),
     (1, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True, edges=True),
     (1, "deep"): Config(16, 1, 1, 2, ahead=False, edges=True),
     (8, "narrow"): Config(4, 1, 1, 4, ahead=False),
@@ -75,7 +74,7 @@ ALONE = {
     (8, "deep"): Config(4, 1, 1, 4, ahead=False),
     (16, "narrow"): Config(4, 1, 1, 2, ahead=False),
     (16, "small"): Config(4, 1, 1, 2, ahead=False),
-    (16, "wide"): Config(4, 1, 2, 1, per_sm=4, even=True),
+    (16, "wide"): Config(4, 1, 2, 1, per_sm=4, even=True, edges=True),
     (16, "deep"): Config(8, 1, 1, 2, edges=True),
     (32, "narrow"): Config(8, 1, 2, 1),
     (32, "small"): Config(4, 1, 1, 1),
@@ -86,7 +85,7 @@ ALONE = {
 # measured in a whole layer: norm, qkv, attention, o + residual, norm, gated product, down + residual, 32 times.
 OVERLAPPED = ALONE | {
     (1, "narrow"): Config(16, 1, 1, 2),
-    (1, "small"): Config(4, 1, 1, 4, ahead=False, twice=True),
+    (1, "small"): Config(4, 1, 1, 4, ahead=False),
     (1, "deep"): Config(16, 1, 1, 2),
     (8, "narrow"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
     (8, "small"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
@@ -94,6 +93,8 @@ OVERLAPPED = ALONE | {
     (8, "deep"): Config(16, 1, 1, 1),
     (32, "wide"): Config(4, 2, 4, 1, ahead=False, overlaps=False),
 }
+# The chain with nested scales: 1450 to 1421 us.
+OVERLAPPED_NESTED = OVERLAPPED | {(1, "deep"): Config(16, 1, 1, 2, ahead=False)}
 
 
 def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False, nested: bool = False) -> Config:
@@ -103,7 +104,8 @@ def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False, nested
     """
     rows = next(limit for limit in (1, 8, 16, 32) if limit >= M)
     shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "narrow" if N <= 4096 else "small"
-    config = (OVERLAPPED if overlap else ALONE)[rows, shape]
+    overlapped = OVERLAPPED_NESTED if nested else OVERLAPPED
+    config = (overlapped if overlap else ALONE)[rows, shape]
     if gated and config.tiles % 2:
         config = replace(config, tiles=2 * config.tiles, unroll=max(1, config.unroll // 2))
     if nested and config.tiles > 2:

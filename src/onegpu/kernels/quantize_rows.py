@@ -137,14 +137,12 @@ def quantize_rows_kernel(
     K,
     OUTLIERS: tl.constexpr,
     MARK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    LEAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,  # 1 where BLOCK_K holds a row, which then is read once
     BLOCK_W: tl.constexpr,
 ):
-    if OVERLAP:
-        # In this order: what the next kernel reads before it waits is older than the kernel in front of this one.
-        tl.extra.cuda.gdc_wait()
+    if LEAD:
         tl.extra.cuda.gdc_launch_dependents()
     k = tl.arange(0, BLOCK_K)
     words = tl.cdiv(K, 32)
@@ -238,9 +236,8 @@ def quantize_and_list(
     Args:
         x: [M, K], elements of a row side by side.
         threshold: as in `onegpu.formats.rowwise.quantize_rows`.
-        lead: begin before the kernel in front has ended, of which nothing is read before it has, and then let the next
-            one begin, where the device can; that one waits by itself, and may read before that what is older than the
-            kernel in front.
+        lead: let the next kernel begin before this one has ended, where the device can; that one waits by itself, and
+            may read before that whatever this one does not write. This one begins when the kernel in front has ended.
 
     Returns:
         int8 [M, K]; float32 [M]; and, unless the threshold is 0 or x is empty, int32 [K] and int32 [1]: the columns,
@@ -268,9 +265,6 @@ def quantize(
         listed = torch.empty(K, dtype=torch.int32, device=device), torch.empty(1, dtype=torch.int32, device=device)
         counters = tickets(triton.cdiv(K, 32) + 1, device)
     columns, count = listed or (row_stats, row_stats)
-    overlap = overlaps(device, lead)
-    if overlap:
-        settings["launch_pdl"] = True
     with on_device_of(x):
         quantize_rows_kernel[(programs,)](
             x,
@@ -286,7 +280,7 @@ def quantize(
             K,
             OUTLIERS=threshold > 0,
             MARK=outlier_cols is not None,
-            OVERLAP=overlap,
+            LEAD=overlaps(device, lead),
             num_stages=1,
             **settings,
             **NO_CONTRACTION,

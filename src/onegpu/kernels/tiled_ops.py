@@ -211,8 +211,9 @@ def linear_4bit_tiled(
             quantized apart and joined have an offset for each 16 rows: nested_offset [ceil(N / 16)].
         residual: added at the end, of the result's shape and dtype.
         activation, gated: as `onegpu.kernels.tail` says; gated rows of W are all gates, then all they multiply.
-        overlap: the kernel may fetch weights while the one before it on the stream still runs. Only where neither
-            that one nor the one before it wrote the weight. Without effect below compute capability 9.0.
+        overlap: the kernel may read weights while those before it on the stream still run. Only where none of these
+            writes the weight: a product lets the next one begin, whatever its own `overlap`. Without effect below
+            compute capability 9.0.
 
     Returns:
         [..., N], or [..., N / 2] if gated, in the dtype of x.
