@@ -62,7 +62,8 @@ class Config:
 # --tune`: what counts is bytes in flight, so programs are small and tiles lie along K; deep weights have few rows, so
 # 16 warps split K; many rows of x pay for themselves when two to four tiles of W use them. Edges overlap where that was
 # quicker in a row of products: 3-12 % (but 6-12 % slower at 8 rows of `narrow` and `deep`, where programs of the next
-# kernel gather on few processors). Rounds of two steps were quicker, by 2-5 %, at 8 rows of `wide` alone.
+# kernel gather on few processors). Rounds of two steps were quicker, by 2-5 %, at 8 rows of `wide`, and with nested
+# scales below.
 ALONE = {
     (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True),
     (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True),
@@ -93,7 +94,11 @@ OVERLAPPED = ALONE | {
     (8, "deep"): Config(16, 1, 1, 1),
     (32, "wide"): Config(4, 2, 4, 1, ahead=False, overlaps=False),
 }
-# The chain with nested scales: 1450 to 1421 us.
+# With nested scales, a chain whose edges alone overlap: 1636 to 1552 us; one that overlaps more: 1450 to 1421 us.
+ALONE_NESTED = ALONE | {
+    (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
+    (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
+}
 OVERLAPPED_NESTED = OVERLAPPED | {(1, "deep"): Config(16, 1, 1, 2, ahead=False)}
 
 
@@ -104,8 +109,8 @@ def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False, nested
     """
     rows = next(limit for limit in (1, 8, 16, 32) if limit >= M)
     shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "narrow" if N <= 4096 else "small"
-    overlapped = OVERLAPPED_NESTED if nested else OVERLAPPED
-    config = (overlapped if overlap else ALONE)[rows, shape]
+    tables = (ALONE_NESTED, OVERLAPPED_NESTED) if nested else (ALONE, OVERLAPPED)
+    config = tables[overlap][rows, shape]
     if gated and config.tiles % 2:
         config = replace(config, tiles=2 * config.tiles, unroll=max(1, config.unroll // 2))
     if nested and config.tiles > 2:
