@@ -244,7 +244,6 @@ def test_configurations_fit() -> None:
             assert (fitted.stages == 0) == (config.stages == 0)
     small = gemv_rows.Config(16, 512, 1, 4)
     assert small.fitted(8, 100, 2, 10**6) == replace(small, block_k=128)
-    assert not gemv_rows.overlaps(torch.device("cpu"), True)
     assert [gemv_rows.bucket_of(M) for M in (1, 2, 8, 9, 17, 33, 64)] == [1, 8, 8, 16, 32, 64, 64]
 
 

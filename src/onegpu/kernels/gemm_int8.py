@@ -26,8 +26,8 @@ from onegpu.kernels.gemm_codes import (
     why_not_gemm,
 )
 from onegpu.kernels.gemm_codes_config import ROWS, Config, configure
-from onegpu.kernels.gemv_rows import overlaps
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, processors
+from onegpu.kernels.overlap import overlaps
 
 __all__ = ["gemm_int8", "why_not_int8"]
 

@@ -18,7 +18,7 @@ warp's tiles are pairs, one of rows n and one of rows n + N / 2, so that a gate 
 thread.
 
 Everything that touches registers of a tensor core is inline assembly on values of shape [warps, 32 lanes], whose
-element index is the thread's own index; so are the stores (see `asm_4bit.store`). The operands of x are rows in their
+element index is the thread's own index; so are the stores (see `lanes`). The operands of x are rows in their
 natural order.
 
 With `OVERLAP` (compute capability 9.0 and up) the kernel begins while the one before it still runs.
@@ -48,17 +48,15 @@ from onegpu.kernels import asm_4bit as asm
 from onegpu.kernels.gemv_4bit_config import Config, configure
 from onegpu.kernels.gemv_4bit_scales import (
     ask_for_scales,
-    dtype_name,
     load_constants,
-    load_element,
     load_scales,
     nested_scales,
     row_tile_of,
-    same,
     scale_pair,
 )
-from onegpu.kernels.gemv_rows import ask_for
+from onegpu.kernels.lanes import dtype_name, load_element, same, slice_of, store_element, zeros
 from onegpu.kernels.launch import NO_CONTRACTION, capability, nested_arguments, on_device_of, processors
+from onegpu.kernels.overlap import ask_for
 from onegpu.kernels.tail_device import activate
 
 __all__ = ["constants", "gemv_4bit", "gemv_4bit_kernel", "processors", "why_not_gemv"]
@@ -66,14 +64,6 @@ __all__ = ["constants", "gemv_4bit", "gemv_4bit_kernel", "processors", "why_not_
 BFLOAT16_CAPABILITY = (8, 0)
 OLDEST_CAPABILITY = (7, 5)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@triton.jit
-def zeros(like, count: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(count):
-        out = out + (like.to(tl.float32),)  # noqa: RUF005, tuples of Triton know no unpacking
-    return out
 
 
 @triton.jit
@@ -183,15 +173,6 @@ def load_rows(
 
 
 @triton.jit
-def slice_of(values, first: tl.constexpr, count: tl.constexpr):
-    """`count` of a flat tuple."""
-    out = ()
-    for i in tl.static_range(count):
-        out = out + (values[first + i],)  # noqa: RUF005
-    return out
-
-
-@triton.jit
 def multiply_step(
     sums,
     codes,
@@ -244,22 +225,6 @@ def scaled(value, bias, QUANT_TYPE: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS:
     if HAS_BIAS:
         value = value + bias
     return value
-
-
-@triton.jit
-def store_element(pointer, value, wanted):
-    """Round once, write one element.
-
-    A `tl.store` here would make Triton compute all it depends on again in another layout, assembly included.
-    """
-    tl.inline_asm_elementwise(
-        asm.store(dtype_name(pointer.dtype.element_ty)),
-        "=r,l,f,r",
-        (pointer.to(tl.int64), value, wanted.to(tl.int32)),
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from onegpu.kernels.overlap import OVERLAP_CAPABILITY
+
 __all__ = ["ALONE", "MAX_ROWS", "OVERLAPPED", "Config", "configure"]
 
 MAX_ROWS = 32
-OVERLAP_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,24 +16,17 @@ import triton
 import triton.language as tl
 
 from onegpu.kernels import asm_4bit as asm
-from onegpu.kernels.gemv_rows import ask_for
+from onegpu.kernels.lanes import load_element, same
+from onegpu.kernels.overlap import ask_for
 
 __all__ = [
     "ask_for_scales",
-    "dtype_name",
     "load_constants",
-    "load_element",
     "load_scales",
     "nested_scales",
     "row_tile_of",
-    "same",
     "scale_pair",
 ]
-
-
-@triton.constexpr_function
-def same(kind, count):
-    return (kind,) * count
 
 
 @triton.constexpr_function
@@ -288,21 +281,3 @@ def scale_pair(
     else:
         pair = (scales[2 * (tile * GROUPS + block)], scales[2 * (tile * GROUPS + block) + 1])
     return pair
-
-
-@triton.constexpr_function
-def dtype_name(dtype):
-    return dtype.name
-
-
-@triton.jit
-def load_element(pointer, wanted):
-    """One element in float32, 0 where it is not wanted."""
-    return tl.inline_asm_elementwise(
-        asm.load_element(dtype_name(pointer.dtype.element_ty)),
-        "=&f,l,r",
-        (pointer.to(tl.int64), wanted.to(tl.int32)),
-        dtype=tl.float32,
-        is_pure=False,
-        pack=1,
-    )

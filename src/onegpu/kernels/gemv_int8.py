@@ -31,39 +31,17 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.kernels import asm_4bit, asm_int8
-from onegpu.kernels.gemv_4bit import slice_of, store_element, why_not_gemv, zeros
+from onegpu.kernels.gemv_4bit import why_not_gemv
 from onegpu.kernels.gemv_4bit_config import Config
 from onegpu.kernels.gemv_int8_config import configure, is_even_k
-from onegpu.kernels.gemv_rows import ask_for
+from onegpu.kernels.lanes import dtype_name, load_element, same, slice_of, store_element, zeros
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of, processors
+from onegpu.kernels.overlap import ask_for
 from onegpu.kernels.tail_device import activate
 
 __all__ = ["constants", "gemv_int8", "gemv_int8_kernel", "why_not_gemv_int8", "why_not_rows"]
 
 TENSOR_CORE_16 = (8, 0)
-
-
-@triton.constexpr_function
-def same(kind, count):
-    return (kind,) * count
-
-
-@triton.constexpr_function
-def dtype_name(dtype):
-    return dtype.name
-
-
-@triton.jit
-def load_element(pointer, wanted):
-    """One element in float32, 0 where it is not wanted."""
-    return tl.inline_asm_elementwise(
-        asm_4bit.load_element(dtype_name(pointer.dtype.element_ty)),
-        "=&f,l,r",
-        (pointer.to(tl.int64), wanted.to(tl.int32)),
-        dtype=tl.float32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.constexpr_function

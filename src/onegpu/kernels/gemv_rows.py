@@ -27,14 +27,14 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.formats.rowwise import INVERSE_127
-from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of, shared_bytes
+from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, shared_bytes
+from onegpu.kernels.overlap import ask_for, overlaps
 from onegpu.kernels.tail_device import activate
 
-__all__ = ["BUCKETS", "CONFIGS", "MAX_ROWS", "Config", "bucket_of", "configure", "constants", "multiply", "overlaps"]
+__all__ = ["BUCKETS", "CONFIGS", "MAX_ROWS", "Config", "bucket_of", "configure", "constants", "multiply"]
 
 BUCKETS: Final = (1, 8, 16, 32, 64)
 MAX_ROWS: Final = BUCKETS[-1]
-OVERLAP_CAPABILITY = (9, 0)
 INVERSE_127_32 = tl.constexpr(INVERSE_127)
 
 
@@ -148,19 +148,6 @@ def one_row_kernel(
         t, up, row, m * stride_rm + n, m * N_OUT + n, n < N_OUT, N_OUT, stats_ptr, bias_ptr, residual_ptr, y_ptr,
         SCALED, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED,
     )  # fmt: skip
-
-
-@triton.jit
-def ask_for(pointers):
-    """Have L2 fetch the lines that the pointers lie in."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        (pointers.to(tl.int64),),
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["M", "N_OUT"])
@@ -318,13 +305,6 @@ def configure(M: int, N: int, K: int, weight_bytes: int) -> Config:
         return AMD
     shape = "deep" if K >= 8192 else "wide" if N >= 16384 else "narrow" if N <= 4096 else "small"
     return CONFIGS[weight_bytes, bucket_of(M), shape]
-
-
-def overlaps(device: torch.device, wanted: bool) -> bool:
-    """Whether a kernel on `device` may begin before the one in front of it has ended."""
-    if not wanted or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return capability(device) >= OVERLAP_CAPABILITY
 
 
 def constants(

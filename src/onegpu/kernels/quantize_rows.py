@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from onegpu.formats.blockwise import FLOAT16_MAX
-from onegpu.kernels.gemv_rows import overlaps
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, processors, reciprocal, to_float16_range
+from onegpu.kernels.overlap import overlaps
 from onegpu.kernels.quantize import MAGNITUDE_BITS, largest_of
 from onegpu.kernels.tickets import tickets
 

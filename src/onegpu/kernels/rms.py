@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onegpu.kernels.gemv_rows import overlaps
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of
+from onegpu.kernels.overlap import overlaps
 
 __all__ = ["rms_norm"]
 

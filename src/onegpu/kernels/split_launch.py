@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from onegpu.kernels.kv_rows import require_kv_dtype
-from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES, capability, on_device_of, processors, shared_bytes
+from onegpu.kernels.launch import NO_CONTRACTION, SHARED_BYTES, on_device_of, processors, shared_bytes
+from onegpu.kernels.overlap import overlaps
 from onegpu.kernels.split_attention import split_attention_kernel
 from onegpu.kernels.tickets import tickets
 
 __all__ = ["Config", "configure", "constants", "decode_attention", "num_units", "rotary_decode_attention"]
-
-OVERLAP_CAPABILITY: Final = (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +99,6 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
-def can_overlap(overlap: bool, device: torch.device) -> bool:
-    return overlap and device.type == "cuda" and torch.version.hip is None and capability(device) >= OVERLAP_CAPABILITY
-
-
 def launch(
     q: Tensor,
     q_strides: Sequence[int],
@@ -157,7 +152,7 @@ def launch(
         precision=precision_of(q.dtype), R=R, ROTARY=rotary, INTERLEAVED=interleaved,
         HAS_Q_NORM=q_norm is not None, HAS_K_NORM=k_norm is not None, HAS_OFFSET=offset != 0,
         HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
-        QUANTIZED=quantized, OVERLAP=can_overlap(overlap, device),
+        QUANTIZED=quantized, OVERLAP=overlaps(device, overlap),
     )  # fmt: skip
     with on_device_of(q):
         split_attention_kernel[(heads, units)](
