@@ -134,7 +134,7 @@ def compile_for(case: Case, target: GPUTarget) -> dict[str, int]:
         "case": case.name,
         "target": str(target.arch),
         "shared": compiled.metadata.shared,
-        "spilled": len(re.findall(r"\b(?:STL|LDL)\b", sass)) if sass else spilled_by_amd(compiled),
+        "spilled": spilled(compiled, sass),
         "registers": max(map(int, re.findall(r"\bR(\d+)\b", sass)), default=-1) + 1,
     }
 
@@ -151,8 +151,10 @@ def disassembled(compiled: Any) -> str:
     return text
 
 
-def spilled_by_amd(compiled: Any) -> int:
-    """Registers that go through memory because there are no more."""
+def spilled(compiled: Any, sass: str) -> int:
+    """Instructions (CUDA, of its machine code) or registers (AMD) that go through memory because registers ran out."""
+    if sass:
+        return len(re.findall(r"\b(?:STL|LDL)\b", sass))
     return sum(int(count) for count in re.findall(r"[sv]gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"]))
 
 

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kernels.ahead_of_time import spilled
+from kernels.ahead_of_time import disassembled, spilled
 from kernels.gemv_4bit_programs import disassemble
 from onegpu.kernels import causal_attention, prompt_gate, prompt_rotation
 from onegpu.kernels.kv_rows import append_kv_kernel
@@ -144,7 +144,7 @@ def compile_kernel(kernel: Any, settings: dict[str, Any], types: dict[str, str],
 
 
 def report(compiled: Any) -> dict[str, Any]:
-    out = {"shared": compiled.metadata.shared, "spilled": spilled(compiled)}
+    out = {"shared": compiled.metadata.shared, "spilled": spilled(compiled, disassembled(compiled))}
     if "cubin" in compiled.asm:
         lines, registers, _ = disassemble(compiled.asm["cubin"])
         out |= {

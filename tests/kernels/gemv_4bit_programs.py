@@ -28,7 +28,7 @@ from kernels.ptx_machine import Memory, PtxError, launch, parse
 from onegpu.formats import blockwise, tiling
 from onegpu.kernels import asm_4bit
 from onegpu.kernels.gemv_4bit import constants, gemv_4bit_kernel
-from onegpu.kernels.gemv_4bit_config import ALONE, OVERLAPPED, Config, configure
+from onegpu.kernels.gemv_4bit_config import ALONE, ALONE_NESTED, OVERLAPPED, OVERLAPPED_NESTED, Config, configure
 from onegpu.kernels.launch import NO_CONTRACTION
 from onegpu.kernels.tail import apply_tail
 
@@ -151,6 +151,10 @@ def measure(
 def compile_all(architectures: list[str]) -> None:
     shipped = {("alone", *key): value for key, value in ALONE.items()}
     shipped |= {("overlapped", *key): value for key, value in OVERLAPPED.items() if ALONE.get(key) != value}
+    shipped |= {("alone nested", *key): value for key, value in ALONE_NESTED.items() if ALONE[key] != value}
+    shipped |= {
+        ("overlapped nested", *key): value for key, value in OVERLAPPED_NESTED.items() if OVERLAPPED[key] != value
+    }
     for arch in architectures:
         seen = set()
         for (kind, *name), config in shipped.items():
@@ -164,6 +168,9 @@ def compile_all(architectures: list[str]) -> None:
             forms = forms[: 3 if arch == "90" and config.tiles <= 2 else 1]
             if int(arch) >= 90 and config.edges:
                 forms += [(False, 1, False), (True, 3, False)]
+            if kind.endswith("nested"):
+                overlaps = kind.startswith("overlapped") and int(arch) >= 90
+                forms = [(True, 1, overlaps), (True, 3, overlaps)]
             for nested, steps, overlap in forms:
                 case = f"{kind} {name} {nested=} {steps=} {overlap=}"
                 result = {"arch": arch, "rows": name[0], "nested": nested, "case": case}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from onegpu.kernels.overlap import OVERLAP_CAPABILITY
 
-__all__ = ["ALONE", "MAX_ROWS", "OVERLAPPED", "Config", "configure"]
+__all__ = ["ALONE", "ALONE_NESTED", "MAX_ROWS", "OVERLAPPED", "OVERLAPPED_NESTED", "Config", "configure"]
 
 MAX_ROWS = 32
 
