@@ -18,7 +18,8 @@ TORCH ?= torch==2.13.0
 OLDEST ?= transformers==5.17.0
 # That of torch 2.11. Its interpreter does not know today's NumPy, so it only compiles.
 OLDEST_TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.6.0)
-PROGRAMS := "ahead_of_time.py 90" "decode_attention_programs.py 90" "gemv_rows_programs.py 90" "gemv_4bit_programs.py compile 90"
+PROGRAMS := "ahead_of_time.py 90" "decode_attention_programs.py 90" "gemv_rows_programs.py 90" "gemv_4bit_programs.py compile 90" \
+	"gemv_int8_programs.py compile 90"
 ARGS ?=
 # Kernels and formats know nothing of Transformers: in a second run their tests would show the same again. Of those
 # that name it all the same the run takes two; tests/test_makefile.py holds that there are no others, and that
