@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from kernels.program import results_of
 
 # Bytes of shared memory that one program may have.
 SHARED = {
@@ -28,14 +23,7 @@ NUM_CASES = {"75": 18, "90": 30, "gfx942": 29}
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = Path(__file__).with_name("ahead_of_time.py")
-    command = [sys.executable, str(program), *SHARED]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return results_of("ahead_of_time.py", *SHARED)
 
 
 @pytest.mark.slow

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from kernels.program import results_of
 from kernels.test_ahead_of_time import SHARED
 
 # Triton keeps tensor core operands of RDNA 3 twice in registers: with 512 bytes a row they do not fit.
@@ -24,14 +18,7 @@ ARCHITECTURES = [arch for arch in SHARED if arch != "75"]  # `tl.dot` there has 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = Path(__file__).with_name("decode_attention_programs.py")
-    command = [sys.executable, str(program), *ARCHITECTURES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return results_of("decode_attention_programs.py", *ARCHITECTURES)
 
 
 @pytest.mark.slow

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from kernels.cases import Weight4bit, assert_no_worse, exact_product, normal, run_captured, weight_4bit
+from kernels.program import results_of
 from onegpu.config import BLOCKSIZES
 from onegpu.formats import blockwise, tiling
 
@@ -32,24 +27,14 @@ NESTED_INSTRUCTIONS = 0.2
 SHARED = 48 * 1024
 
 
-def run_program(*arguments: str) -> list[dict]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("gemv_4bit_programs.py")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    return run_program("compile", *ARCHITECTURES)
+    return results_of("gemv_4bit_programs.py", "compile", *ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
 def ran() -> list[dict]:
-    return run_program("run")
+    return results_of("gemv_4bit_programs.py", "run")
 
 
 @pytest.mark.slow

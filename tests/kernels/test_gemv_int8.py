@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.cases import assert_no_worse, exact_product, normal, run_captured
+from kernels.program import results_of
 from onegpu.formats import rowwise
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "120")
@@ -29,30 +24,20 @@ TURING = 0.6
 SHARED = 48 * 1024
 
 
-def run_program(*arguments: str) -> list[dict]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("gemv_int8_programs.py")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    return run_program("compile", *ARCHITECTURES)
+    return results_of("gemv_int8_programs.py", "compile", *ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
 def ran() -> list[dict]:
-    return run_program("run")
+    return results_of("gemv_int8_programs.py", "run")
 
 
 def test_all_codes_are_widened_exactly() -> None:
     """The assembly's own text, run on all 256 codes."""
     asm = pytest.importorskip("onegpu.kernels.asm_int8")
-    found = run_program("widen")
+    found = results_of("gemv_int8_programs.py", "widen")
     assert [result["dtype"] for result in found] == ["bf16", "fp16"]
     for result in found:
         unit = asm.UNIT[result["dtype"]]

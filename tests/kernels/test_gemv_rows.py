@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
-import os
-import subprocess
-import sys
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.cases import DTYPES, EXACT_CHUNK, assert_no_worse, normal, run_captured
+from kernels.program import results_of
 from kernels.test_tail import exact_tail
 from onegpu.formats import rowwise
 from onegpu.kernels import linear_8bit_rows, linear_16bit
@@ -265,13 +260,7 @@ BUDGET = {(2, 1): 4.7, (2, 64): 3.0, (1, 1): 5.2, (1, 8): 5.6, (1, 16): 6.3, (1,
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("gemv_rows_programs.py")), *ARCHITECTURES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return results_of("gemv_rows_programs.py", *ARCHITECTURES)
 
 
 @pytest.mark.slow
