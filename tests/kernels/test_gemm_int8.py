@@ -67,7 +67,7 @@ def test_columns_side_by_side(dtype: torch.dtype, outliers: int, device: torch.d
     before = x_codes.clone()
     columns = torch.randperm(320, generator=torch.Generator().manual_seed(outliers)).to(device, torch.int32)
     count = torch.tensor([outliers], dtype=torch.int32, device=device)
-    x_out, codes_out = module.gather_columns(x, x_codes, codes, columns, count, overlap=True)
+    x_out, codes_out = module.gather_columns(x, x_codes, codes, columns, count)
     listed = columns[:outliers].long()
     tiles = min(-(-outliers // 64) * 64, module.CAPACITY)
     for out, source in ((x_out, x), (codes_out, codes)):

@@ -26,6 +26,7 @@ TABLE: Final = 32768
 PITCH: Final = 128
 BUFFERS: Final = 3
 HANDED: Final = 8192
+# Who comes last, and the barriers of scales of 8-bit codes.
 LAST: Final = 32
 MOST_STAGES: Final = 12
 TOKENS: Final = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -146,8 +147,12 @@ def shared_bytes(shape: Shape) -> int:
 def configure(M: int, N: int, K: int, processors: int, x_bits: int = 16) -> Config:
     """The configuration for M rows of x and a weight [N, K]."""
     if x_bits == 8:
-        cuts = [Config(tokens, splits) for tokens in INT8_TOKENS for splits in INT8_SPLITS if 512 * splits <= K]
-        cuts = cuts or [Config(INT8_TOKENS[0])]
+        cuts = [
+            Config(tokens, splits)
+            for tokens in INT8_TOKENS
+            for splits in INT8_SPLITS
+            if splits == 1 or 512 * splits <= K
+        ]
         return min(cuts, key=lambda config: clocks(config, M, N, ceil_div(K, 128), processors, INT8_CLOCKS))
     choices = [
         Config(tokens, splits, blocks)

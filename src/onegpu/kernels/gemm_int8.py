@@ -94,19 +94,17 @@ def gather_columns_kernel(
             column = tl.load(columns_ptr + place + TILE, mask=place + TILE < count, other=0)
 
 
-def gather_columns(
-    x: Tensor, x_codes: Tensor, codes: Tensor, columns: Tensor, count: Tensor, *, overlap: bool = False
-) -> tuple[Tensor, Tensor]:
+def gather_columns(x: Tensor, x_codes: Tensor, codes: Tensor, columns: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The first `CAPACITY` of the listed columns, of x [M, CAPACITY] and of codes [N, CAPACITY].
 
-    In `x_codes` all of the listed columns become 0. With `overlap` it begins before the kernel in front has ended, of
-    which nothing is read before it has, and lets the next one begin.
+    In `x_codes` all of the listed columns become 0. Where the device can, this begins before the kernel in front has
+    ended, of which nothing is read before it has, and lets the next one begin.
     """
     (M, K), N = x.shape, codes.shape[0]
     x_out = torch.empty(M, CAPACITY, dtype=x.dtype, device=x.device)
     codes_out = torch.empty(N, CAPACITY, dtype=torch.int8, device=x.device)
     x_programs = triton.cdiv(M, GATHER_ROWS)
-    overlap = overlaps(x.device, overlap)
+    overlap = overlaps(x.device, True)
     launch = {"launch_pdl": True} if overlap else {}
     with on_device_of(x):
         gather_columns_kernel[(x_programs + triton.cdiv(N, GATHER_ROWS),)](
@@ -156,7 +154,7 @@ def gemm_int8(
         left_out, more = LeftOut(x, x_stats, codes), map_nothing()
     else:
         columns, count = outliers
-        outlier_x, outlier_codes = gather_columns(x, x_codes, codes, columns, count, overlap=True)
+        outlier_x, outlier_codes = gather_columns(x, x_codes, codes, columns, count)
         left_out, more = LeftOut(x, x_stats, codes, count, columns, outlier_x), map_codes(outlier_codes, ROWS)
     maps = (map_codes(codes, ROWS, kind.shape.columns), more)
     multiply(

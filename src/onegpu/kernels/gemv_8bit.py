@@ -19,7 +19,7 @@ from onegpu.kernels.gemm_codes import gemm_8bit, why_not_8bit, why_not_gemm
 from onegpu.kernels.gemm_codes_config import least_rows
 from onegpu.kernels.gemv_16bit import few_rows, in_rows, on_16_bytes
 from onegpu.kernels.gemv_int8 import gemv_int8, why_not_gemv_int8, why_not_rows
-from onegpu.kernels.gemv_int8_config import MAX_ROWS, most_rows
+from onegpu.kernels.gemv_int8_config import MAX_ROWS, MOST_ROWS
 from onegpu.kernels.tail import out_features
 from onegpu.kernels.tail_device import float32_product, tail_of
 
@@ -80,10 +80,10 @@ def linear_8bit_rows(
 
 def takes_gemv(rows: Tensor, codes: Tensor) -> bool:
     """Whether `gemv_int8` runs, and is quicker than what else there is."""
-    M, (N, K) = rows.shape[0], codes.shape
+    M = rows.shape[0]
     if M > MAX_ROWS or why_not_gemv_int8(rows.device, rows.dtype) is not None or why_not_rows(codes) is not None:
         return False
-    return most_rows(N, K) >= M or not runs_gemm(rows, codes)
+    return M <= MOST_ROWS or not runs_gemm(rows, codes)
 
 
 def takes_gemm(rows: Tensor, codes: Tensor) -> bool:

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 from onegpu.kernels.gemv_4bit_config import Config
 
-__all__ = ["CONFIGS", "MAX_ROWS", "configure", "is_even_k", "most_rows"]
+__all__ = ["CONFIGS", "MAX_ROWS", "MOST_ROWS", "configure", "is_even_k"]
 
 MAX_ROWS = 32
+# Up to so many rows this kernel is taken where `gemm_8bit` runs too. Measured with the table below: from 17 rows on
+# that one is quicker at each of its shapes, at 16 at none.
+MOST_ROWS = 16
 
 # By rows of x (1, up to 8, 16, 32) and shape of W: `wide` from N = 16384 on, else `deep` from K = 8192 on, else
 # `narrow` up to N = 4096, else `small`. Measured on an H100 (132 processors, Triton 3.6) at Llama-3.1-8B's shapes,
@@ -46,11 +49,3 @@ def configure(M: int, N: int, K: int, gated: bool = False) -> Config:
 def is_even_k(config: Config, K: int) -> bool:
     """Whether steps divide K, so that no load needs a guard."""
     return K % 64 == 0 and config.is_even_k(K)
-
-
-def most_rows(N: int, K: int) -> int:  # noqa: ARG001
-    """Up to so many rows of x this kernel is taken for W [N, K] where `gemm_8bit` runs too.
-
-    Measured with the table above: from 17 rows on `gemm_8bit` is quicker at each of its shapes, at 16 at none.
-    """
-    return 16
