@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
 from kernels.cases import DTYPES, Weight4bit, assert_no_worse, exact_product, normal, run_captured, weight_4bit
 from onegpu.config import BLOCKSIZES
-from onegpu.kernels import linear_4bit
+from onegpu.kernels import linear_4bit, slices
 
 
 @pytest.fixture
@@ -58,12 +60,23 @@ def test_every_blocksize(blocksize: int, M: int, device: torch.device, matmul) -
 
 @pytest.mark.parametrize("M", [2, 6, 70])
 def test_offsets_of_64_bits(M: int, device: torch.device, matmul, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code for weights of 2**31 elements and more, and slices of scratch memory, at a small size."""
+    """The code for weights of 2**31 elements and more, at a small size."""
     monkeypatch.setattr(matmul, "WIDE_WEIGHT", 1)
-    monkeypatch.setattr(matmul, "SCRATCH", 512)
     for K in (64, 45):
         weight = weight_4bit(200, K, nested=True)
         check(matmul, device, weight, normal(M, K, dtype=torch.float16), normal(200, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(("N", "K", "blocksize", "cuts"), [(600, 192, 64, 2), (530, 45, 64, 2), (1100, 31, 512, 2)])
+def test_slices_of_scratch_memory(
+    N: int, K: int, blocksize: int, cuts: int, device: torch.device, matmul, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "SCRATCH", 256 * K)
+    M = 66 if K == 192 else 5
+    assert len(slices.row_slices(M, N, K, blocksize // math.gcd(K, blocksize))) > cuts
+    weight = weight_4bit(N, K, blocksize=blocksize, nested=True)
+    for bias in (None, normal(N, dtype=torch.float16), normal(N, seed=2)):
+        check(matmul, device, weight, normal(M, K, dtype=torch.float16), bias)
 
 
 @pytest.mark.parametrize("M", [2, 6, 70])

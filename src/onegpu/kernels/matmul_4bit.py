@@ -21,6 +21,7 @@ from torch import Tensor
 
 from onegpu.kernels.dequantize import dequantize_blocks
 from onegpu.kernels.launch import NO_CONTRACTION, capability, decode, load_scale, nested_arguments, on_device_of
+from onegpu.kernels.slices import row_slices
 
 __all__ = ["linear_4bit"]
 
@@ -30,8 +31,6 @@ GEMM_ROWS = 64
 DOT_CAPABILITY = (8, 0)
 # From so many weights on, offsets need 64 bits.
 WIDE_WEIGHT = 2**31
-# Dequantized weights at a time: 64 MiB in 16 bit.
-SCRATCH = 2**25
 
 
 @triton.jit
@@ -259,26 +258,24 @@ def _dequantize_and_multiply(
     quant_type: str,
     blocksize: int,
 ) -> None:
-    N, K = y.shape[1], rows.shape[1]
+    (M, N), K = y.shape, rows.shape[1]
     # Slices begin on a block of the flat weight.
-    aligned = blocksize // math.gcd(K, blocksize)
-    step = min(N, max(aligned, SCRATCH // K // aligned * aligned))
-    scratch = torch.empty(step, K, dtype=rows.dtype, device=rows.device)
-    for first in range(0, N, step):
-        last = min(first + step, N)
-        weight = scratch[: last - first]
+    parts = row_slices(M, N, K, blocksize // math.gcd(K, blocksize))
+    scratch = torch.empty(parts[0].stop, K, dtype=rows.dtype, device=rows.device)
+    for part in parts:
+        weight = scratch[: part.stop - part.start]
         dequantize_blocks(
             weight,
             packed,
             scales,
-            first=first * K // blocksize,
+            first=part.start * K // blocksize,
             n=weight.numel(),
             quant_type=quant_type,
             blocksize=blocksize,
         )
         if bias is None:
-            torch.mm(rows, weight.t(), out=y[:, first:last])
+            torch.mm(rows, weight.t(), out=y[:, part])
         elif bias.dtype == y.dtype:
-            torch.addmm(bias[first:last], rows, weight.t(), out=y[:, first:last])
+            torch.addmm(bias[part], rows, weight.t(), out=y[:, part])
         else:
-            y[:, first:last] = torch.mm(rows, weight.t()).float() + bias[first:last].float()
+            y[:, part] = torch.mm(rows, weight.t()).float() + bias[part].float()
