@@ -8,11 +8,13 @@ Run as a program: Triton's interpreter must be off, hence a process of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,10 @@ def waited_for(lines: list[str], loads_of_step: int) -> list[str]:
     return found
 
 
+def first_of(lines: list[str], name: str) -> int:
+    return next(i for i, line in enumerate(lines) if name in line)
+
+
 def before_wait(lines: list[str]) -> dict[str, int]:
     """Instructions in front of the wait for the kernel in front, by kind: loads, requests to L2, leaves for others."""
     at = next((i for i, line in enumerate(lines) if "ACQBULK" in line), 0)
@@ -120,8 +126,11 @@ def measure(
     compiled, settings = compile_kernel(config, M, K, arch, dtype, dtype, nested=nested, overlap=overlap)
     lines, registers, shared = disassemble(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
+    # Without a loop all of the program, and what it asks for before it looks anything up.
+    round_ = [line for line in lines if line[0] != "."] if settings["ONCE"] else round_of(lines)
     sums = config.tiles * asm_4bit.num_products(settings["COLUMNS"], M == 1, 1)
-    static = asm_4bit.static_bytes(config.warps, config.warps_n, config.tiles, sums, M == 1, nested)
+    once = settings["ONCE"]
+    static = asm_4bit.static_bytes(config.warps, config.warps_n, config.tiles, sums, M == 1, nested, once)
     return {
         "config": [config.warps, config.warps_n, config.tiles, config.unroll],
         "overlap": settings["OVERLAP"],
@@ -133,19 +142,32 @@ def measure(
         * settings["ROUND"]
         * (2 if arch < 80 else 1),
         "tables": ptx.count("onegpu_table["),
+        "codes_first": sum(line.startswith("LDG.E.NA.128") for line in lines[: first_of(lines, "HMMA")]),
         "hmma": sum("HMMA" in line for line in lines),
         "spilled": sum(line.startswith(("STL", "LDL")) for line in lines),
         "registers": registers,
         "shared": shared,
         "declared": static + compiled.metadata.shared,
         "dynamic": compiled.metadata.shared,
-        "instructions_per_weight": len(round_of(lines)) / (32 * config.tiles * config.unroll * settings["ROUND"]),
+        "instructions_per_weight": len(round_) / (32 * config.tiles * config.unroll * settings["ROUND"]),
+        "once": once,
         "twice": config.twice,
         "ahead": settings["AHEAD"],
-        "waited_for": waited_for(round_of(lines), config.tiles * config.unroll),
+        "waited_for": waited_for(round_, config.tiles * config.unroll),
         "waits": sum("ACQBULK" in line for line in lines),
         "before_wait": before_wait(lines),
     }
+
+
+# What configurations may ask for and none that is shipped does.
+UNSHIPPED = {
+    (1, "shares"): Config(8, 1, 1, 2, ahead=False, shares=True, edges=True),
+    (8, "shares"): Config(4, 1, 1, 4, ahead=False, shares=True),
+    (16, "shares"): Config(4, 1, 1, 2, ahead=False, shares=True),
+    (1, "once"): Config(8, 1, 1, 8, ahead=False, shares=True, once=True, edges=True),
+    (8, "once"): Config(16, 1, 2, 4, shares=True, once=True, edges=True),
+    (16, "once"): Config(16, 1, 2, 4, ahead=False, shares=True, once=True, edges=True),
+}
 
 
 def compile_all(architectures: list[str]) -> None:
@@ -155,11 +177,12 @@ def compile_all(architectures: list[str]) -> None:
     shipped |= {
         ("overlapped nested", *key): value for key, value in OVERLAPPED_NESTED.items() if OVERLAPPED[key] != value
     }
+    shipped |= {("unshipped", *key): value for key, value in UNSHIPPED.items()}
     for arch in architectures:
         seen = set()
         for (kind, *name), config in shipped.items():
             shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll, config.ahead, config.twice)
-            shape += (config.edges and int(arch) >= 90,)
+            shape += (config.edges and int(arch) >= 90, config.shares, config.once)
             if shape in seen:
                 continue
             seen.add(shape)
@@ -239,6 +262,7 @@ def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any)
     exact, plain = (apply_tail(t, added, activation, gated, torch.float64) for t in (exact, plain))
     plain = plain.to(TORCH[dtype]).double()
     return {
+        "bits": hashlib.sha256(y.tobytes()).hexdigest(),
         "error": float((out - exact).norm() / exact.norm()),
         "plain": float((plain - exact).norm() / exact.norm()),
         "largest": float((out - exact).abs().max() / exact.abs().max()),
@@ -354,7 +378,106 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
     ),
     "edges, rows side by side, blocks of 32": (Config(8, 4, 2, 2, edges=True), 5, 77, 320, "bf16", {"blocksize": 32}),
     "edges, two factors a row": (Config(16, 1, 1, 2, edges=True), 1, 37, 14336, "bf16", {"nested": True, "grid": 3}),
+    "shared": (Config(4, 1, 1, 4, shares=True), 1, 41, 1024, "bf16", {"grid": 2}),
+    "shared, one tile a step": (Config(4, 1, 1, 1, shares=True), 5, 33, 512, "bf16", {"grid": 2}),
+    "shared, one tile a step, blocks of 32": (Config(4, 1, 1, 1, shares=True), 1, 33, 320, "fp16", {"blocksize": 32}),
+    "shared, two tiles a step, guarded": (
+        Config(8, 1, 1, 2, ahead=False, shares=True, edges=True),
+        1,
+        77,
+        1472,
+        "bf16",
+        {"grid": 2, "bias": "fp32"},
+    ),
+    "shared, two tiles along rows, blocks of 32": (
+        Config(4, 1, 2, 1, shares=True),
+        9,
+        45,
+        512,
+        "fp16",
+        {"blocksize": 32, "residual": True},
+    ),
+    "shared, eight tiles a step, blocks of 32": (
+        Config(4, 1, 2, 4, ahead=False, shares=True),
+        8,
+        77,
+        1472,
+        "bf16",
+        {"blocksize": 32, "grid": 2},
+    ),
+    "shared, blocks of 128": (Config(4, 1, 1, 4, shares=True), 1, 20, 640, "bf16", {"blocksize": 128}),
+    "shared, blocks of 4096": (Config(4, 1, 2, 2, shares=True), 16, 37, 8192, "bf16", {"blocksize": 4096, "grid": 1}),
+    "shared, gated, two steps a round": (
+        Config(4, 2, 2, 2, shares=True, twice=True, edges=True),
+        8,
+        160,
+        640,
+        "bf16",
+        {"gated": True, "activation": "silu", "residual": True, "bias": "bf16", "grid": 1},
+    ),
+    "shared, 32 rows": (Config(4, 2, 4, 1, ahead=False, shares=True), 29, 150, 320, "fp16", {"quant_type": "fp4"}),
+    "shared, Turing": (Config(4, 1, 1, 4, shares=True), 7, 30, 1024, "fp16", {"arch": 75, "bias": "fp16"}),
+    "at once, one row": (Config(8, 1, 1, 8, ahead=False, shares=True, once=True), 1, 41, 4096, "bf16", {}),
+    "at once, one row, gated, guarded": (
+        Config(8, 1, 2, 4, once=True, edges=True),
+        1,
+        96,
+        1472,
+        "fp16",
+        {"gated": True, "activation": "silu", "bias": "fp32", "residual": True},
+    ),
+    "at once, eight rows": (
+        Config(4, 1, 2, 4, shares=True, once=True),
+        8,
+        77,
+        1024,
+        "bf16",
+        {"bias": "bf16", "residual": True},
+    ),
+    "at once, sixteen rows": (
+        Config(16, 1, 2, 4, ahead=False, shares=True, once=True, edges=True),
+        16,
+        45,
+        4096,
+        "bf16",
+        {"residual": True, "bias": "fp32"},
+    ),
+    "at once, sixteen rows, guarded, blocks of 32": (
+        Config(8, 1, 2, 4, ahead=False, shares=True, once=True),
+        13,
+        50,
+        1472,
+        "fp16",
+        {"blocksize": 32, "activation": "silu"},
+    ),
+    "at once, fewer results than warps": (Config(16, 1, 1, 1, once=True), 3, 50, 960, "bf16", {"blocksize": 64}),
+    "at once, rows side by side, gated": (
+        Config(8, 2, 2, 2, ahead=False, shares=True, once=True),
+        11,
+        160,
+        512,
+        "bf16",
+        {"gated": True, "activation": "silu", "bias": "bf16", "residual": True, "overlap": True},
+    ),
+    "at once, nested": (Config(8, 1, 2, 2, once=True), 5, 45, 1024, "bf16", {"nested": True}),
+    "at once, nested, factors for each step, 32 rows": (
+        Config(4, 1, 1, 8, ahead=False, once=True, twice=True),
+        31,
+        45,
+        1984,
+        "fp16",
+        {"nested": True, "blocksize": 32},
+    ),
+    "at once, every warp rows of its own": (Config(4, 4, 1, 4, shares=True, once=True), 6, 130, 256, "bf16", {}),
+    "not at once, too long": (Config(4, 1, 1, 4, shares=True, once=True), 8, 40, 2048, "bf16", {"grid": 2}),
+    "not at once, too many sums": (Config(16, 1, 2, 1, shares=True, once=True), 32, 40, 1024, "bf16", {}),
 }
+
+
+def run_plainly(config: Config, M: int, N: int, K: int, dtype: str, choices: dict[str, Any]) -> dict[str, Any]:
+    """The bits of a case in a loop, each lane with scales of its own."""
+    plain = replace(config, shares=False, once=False)
+    return {"plain_bits": run_case(plain, M, N, K, dtype, **dict(choices))["bits"]} if plain != config else {}
 
 
 def run_all() -> None:
@@ -362,6 +485,7 @@ def run_all() -> None:
         result: dict[str, Any] = {"case": name}
         try:
             result |= run_case(config, M, N, K, dtype, **dict(choices))
+            result |= run_plainly(config, M, N, K, dtype, choices)
         except (PtxError, AssertionError) as error:
             result["failure"] = f"{type(error).__name__}: {error}"
         emit(result)

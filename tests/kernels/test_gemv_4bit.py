@@ -97,11 +97,19 @@ def test_what_comes_before_the_wait(arch: str, compiled: list[dict]) -> None:
 @pytest.mark.slow
 def test_ptx_gives_the_product(ran: list[dict]) -> None:
     """No worse than dequantizing and multiplying, nothing read or written elsewhere, no threads parting."""
-    assert len(ran) == 60
+    assert len(ran) == 83
     assert not [result for result in ran if "failure" in result]
     for result in ran:
         assert result["error"] <= 1.1 * result["plain"], result
         assert result["largest"] < 0.01, result
+
+
+@pytest.mark.slow
+def test_sharing_scales_and_doing_without_a_loop_change_no_bit(ran: list[dict]) -> None:
+    mine = [result for result in ran if "plain_bits" in result]
+    assert len(mine) == 23
+    for result in mine:
+        assert result["bits"] == result["plain_bits"], result
 
 
 def test_the_table_is_closer_to_the_codebook_than_rounding_it() -> None:

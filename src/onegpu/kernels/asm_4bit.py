@@ -6,9 +6,11 @@ The pieces, in the order in which `gemv_4bit` uses them:
     load_codes, load_scales, load_x    a lane's bytes of one tile, of its scales (`load_nested`: of what they are
                                        computed from), of x
     fill_table                         256 pairs of table values in shared memory, a copy for each of 32 lanes
-    nested_scales, share               computed, and handed to the lanes that need them too
+    nested_scales                      computed
+    share                              scales handed to the lanes that need them too
     multiply                           look up, then `mma.sync`: 16 rows x 64 columns times 8 (or 16, 32) rows of x
-    sum_one_row, sum_rows              sums over the warps that share rows, through shared memory
+    sum_one_row, sum_rows,             sums over the warps that share rows, through shared memory
+    sum_everywhere
     store                              scale, bias, one rounding, one element
 
 A byte of codes is a pair of weights, and the table maps it to both values as one 32-bit register of 16-bit floats:
@@ -55,9 +57,12 @@ __all__ = [
     "static_bytes",
     "stay_behind",
     "store",
+    "sum_everywhere",
+    "sum_everywhere_operands",
     "sum_one_row",
     "sum_one_row_operands",
     "sum_rows",
+    "sums_fit",
     "table_values",
 ]
 
@@ -122,17 +127,23 @@ def chunk(warps: int, sums: int) -> int:
 
 
 @triton.constexpr_function
-def sum_bytes(warps: int, warps_n: int, tiles: int, sums: int, one_row: bool) -> int:
-    """Shared memory for sums over warps."""
-    if warps == warps_n:
+def sums_fit(warps: int, sums: int) -> bool:
+    """Whether all sums of all warps fit where the table was, once nobody looks anything up in it any more."""
+    return warps * sums * 128 <= TABLE_BYTES
+
+
+@triton.constexpr_function
+def sum_bytes(warps: int, warps_n: int, tiles: int, sums: int, one_row: bool, once: bool) -> int:
+    """Shared memory for sums over warps, beside the table; `once` they lie where the table was."""
+    if warps == warps_n or (once and not one_row):
         return 0
     return 2 * warps * 16 * tiles * 4 if one_row else warps * chunk(warps, sums) * 128
 
 
 @triton.constexpr_function
-def static_bytes(warps: int, warps_n: int, tiles: int, sums: int, one_row: bool, nested: bool) -> int:
+def static_bytes(warps: int, warps_n: int, tiles: int, sums: int, one_row: bool, nested: bool, once: bool) -> int:
     """All shared memory that the assembly declares."""
-    return TABLE_BYTES + (MAP_BYTES if nested else 0) + sum_bytes(warps, warps_n, tiles, sums, one_row)
+    return TABLE_BYTES + (MAP_BYTES if nested else 0) + sum_bytes(warps, warps_n, tiles, sums, one_row, once)
 
 
 @triton.constexpr_function
@@ -167,26 +178,27 @@ def load_codes_operands(unroll: int, guarded: bool) -> str:
 
 
 @triton.constexpr_function
-def load_scales(groups: int, guarded: bool) -> str:
-    """Scales of rows g and g + 8 for one tile; zeros where `guarded` and not loaded.
+def load_scales(groups: int, rows: int, guarded: bool) -> str:
+    """Scales of one tile, of `rows` rows (two for rows g and g + 8, or one); zeros where `guarded` and not loaded.
 
-    Operands: two float32 out for each of `groups` blocks; the address, whether to load.
+    Operands: a float32 out for each of `groups` blocks and each row; the address, whether to load.
     """
-    count = 2 * groups
+    count = rows * groups
     text = "{ .reg .pred p;\n"
     if guarded:
         for i in range(count):
             text += f"mov.b32 ${i}, 0; "
     text += f"setp.ne.b32 p, ${count + 1}, 0;\n"
     for group in range(groups):
-        i = 2 * group
-        text += f"@p ld.global.v2.f32 {{${i},${i + 1}}}, [${count} + {64 * group}];\n"
+        i = rows * group
+        kind, out = ("v2.f32", f"{{${i},${i + 1}}}") if rows == 2 else ("f32", f"${i}")
+        text += f"@p ld.global.{kind} {out}, [${count} + {64 * group}];\n"
     return text + "}"
 
 
 @triton.constexpr_function
-def load_scales_operands(groups: int) -> str:
-    return outputs("f", 2 * groups) + ",l,r"
+def load_scales_operands(groups: int, rows: int) -> str:
+    return outputs("f", rows * groups) + ",l,r"
 
 
 @triton.constexpr_function
@@ -428,6 +440,36 @@ def sum_rows(warps: int, warps_n: int, count: int) -> str:
         for k in range(1, warps // warps_n):
             text += f"@q ld.shared.f32 f, [v + {(k * warps_n * count + i) * 128}]; add.rn.f32 ${i}, ${i}, f;\n"
     return text + "bar.sync 0; }"
+
+
+@triton.constexpr_function
+def sum_everywhere(warps: int, warps_n: int, count: int, each: int, pair: int) -> str:
+    """Sums over the warps that share rows, `each` of them in every thread; the table's memory is lost.
+
+    Operands: `each` sums out, with `pair` twice as many; `count` sums in; for `each` where it lies among all sums of
+    the warps side by side along rows, in bytes: 128 a sum. With `pair` the sum `pair` behind it follows it.
+    """
+    per = 2 if pair else 1
+    out = each * per
+    text = "{ .reg .b32 t,l,w,b,v; .reg .f32 f; mov.u32 t, %tid.x; and.b32 l, t, 31; shr.u32 w, t, 5;\n"
+    text += f"mov.u32 b, onegpu_table; mad.lo.u32 b, l, 4, b; mad.lo.u32 v, w, {128 * count}, b; bar.sync 0;\n"
+    for i in range(count):
+        text += f"st.shared.f32 [v + {128 * i}], ${out + i};\n"
+    text += "bar.sync 0;\n"
+    for e in range(each):
+        text += f"add.u32 v, b, ${out + count + e};\n"
+        for p in range(per):
+            total, place = f"${per * e + p}", 128 * p * pair
+            text += f"ld.shared.f32 {total}, [v + {place}];\n"
+            for _ in range(1, warps // warps_n):
+                place += 128 * warps_n * count
+                text += f"ld.shared.f32 f, [v + {place}]; add.rn.f32 {total}, {total}, f;\n"
+    return text + "}"
+
+
+@triton.constexpr_function
+def sum_everywhere_operands(count: int, each: int, pair: int) -> str:
+    return outputs("f", each * (2 if pair else 1)) + ",f" * count + ",r" * each
 
 
 @triton.constexpr_function

@@ -98,6 +98,7 @@ def load_weights(
     K,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    SHARED: tl.constexpr,
     BY_ROW: tl.constexpr,
     WARPS_N: tl.constexpr,
     WARPS_K: tl.constexpr,
@@ -130,7 +131,7 @@ def load_weights(
         )
     scales = load_scales(
         absmax_ptr, nested_absmax_ptr, lane, warp_n, group, first, load, N, K,
-        BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
+        BLOCKSIZE, NESTED, SHARED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
     )  # fmt: skip
     return codes, scales
 
@@ -173,6 +174,47 @@ def load_rows(
 
 
 @triton.jit
+def multiply_column(
+    sums,
+    codes,
+    scales,
+    x,  # of this tile along K alone
+    table,
+    u: tl.constexpr,  # which one of a step
+    BLOCKSIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`sums` with the products of one tile along K added."""
+    GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
+    SUMS: tl.constexpr = asm.num_products(COLUMNS, ONE_ROW, 1)
+    added = ()
+    for t in tl.static_range(TILES):
+        products = tl.inline_asm_elementwise(
+            asm.multiply(COLUMNS, ONE_ROW, GROUPS, DTYPE, DEPTH),
+            asm.multiply_operands(COLUMNS, ONE_ROW, GROUPS),
+            slice_of(codes, 4 * (t * UNROLL + u), 4) + x + (table,),
+            dtype=same(tl.float32, GROUPS * SUMS),
+            is_pure=False,
+            pack=1,
+        )
+        pairs = ()
+        for i in tl.static_range(GROUPS):
+            pairs = pairs + scale_pair(scales, t, u, i, BLOCKSIZE, SHARED, TILES, UNROLL)
+        for i in tl.static_range(SUMS):
+            total = tl.fma(products[i], pairs[i if ONE_ROW else i // 2 % 2], sums[t * SUMS + i])
+            if GROUPS == 2:
+                total = tl.fma(products[SUMS + i], pairs[2 + (i if ONE_ROW else i // 2 % 2)], total)
+            added = added + (total,)  # noqa: RUF005
+    return added
+
+
+@triton.jit
 def multiply_step(
     sums,
     codes,
@@ -182,6 +224,7 @@ def multiply_step(
     table,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    SHARED: tl.constexpr,
     BY_ROW: tl.constexpr,
     ONE_ROW: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -191,30 +234,45 @@ def multiply_step(
     DEPTH: tl.constexpr,
 ):
     """`sums` with the products of one step added."""
-    GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
-    SUMS: tl.constexpr = asm.num_products(COLUMNS, ONE_ROW, 1)
     if NESTED:
         scales = nested_scales(scales, held, table, BLOCKSIZE, BY_ROW, TILES, UNROLL)
     for u in tl.static_range(UNROLL):
-        added = ()
-        for t in tl.static_range(TILES):
-            products = tl.inline_asm_elementwise(
-                asm.multiply(COLUMNS, ONE_ROW, GROUPS, DTYPE, DEPTH),
-                asm.multiply_operands(COLUMNS, ONE_ROW, GROUPS),
-                slice_of(codes, 4 * (t * UNROLL + u), 4) + slice_of(x, 8 * COLUMNS * u, 8 * COLUMNS) + (table,),
-                dtype=same(tl.float32, GROUPS * SUMS),
-                is_pure=False,
-                pack=1,
-            )
-            pairs = ()
-            for i in tl.static_range(GROUPS):
-                pairs = pairs + scale_pair(scales, t, u, i, BLOCKSIZE, NESTED, TILES, UNROLL)
-            for i in tl.static_range(SUMS):
-                total = tl.fma(products[i], pairs[i if ONE_ROW else i // 2 % 2], sums[t * SUMS + i])
-                if GROUPS == 2:
-                    total = tl.fma(products[SUMS + i], pairs[2 + (i if ONE_ROW else i // 2 % 2)], total)
-                added = added + (total,)  # noqa: RUF005
-        sums = added
+        now_x = slice_of(x, 8 * COLUMNS * u, 8 * COLUMNS)
+        sums = multiply_column(
+            sums, codes, scales, now_x, table, u,
+            BLOCKSIZE, SHARED, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def multiply_at_once(
+    codes, scales, held, x_ptr, stride_xm, lane, warp_k, table, M, K,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, SHARED: tl.constexpr, BY_ROW: tl.constexpr, ONE_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS_K: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr, EVEN_K: tl.constexpr,
+    AHEAD: tl.constexpr, DTYPE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The sums of a step that is all of K; x of the next tile along K is asked for before this one's is used, or with
+    `AHEAD` all of x before any is."""
+    sums = zeros(lane * 0, TILES * asm.num_products(COLUMNS, ONE_ROW, 1))
+    FIRST: tl.constexpr = UNROLL if AHEAD else 1
+    x = ()
+    for u in tl.static_range(FIRST):
+        x = x + load_rows(
+            x_ptr, stride_xm, lane, warp_k, u, M, K, ONE_ROW, COLUMNS, WARPS_K, 1, EVEN_K
+        )  # fmt: skip
+    if NESTED:
+        scales = nested_scales(scales, held, table, BLOCKSIZE, BY_ROW, TILES, UNROLL)
+    for u in tl.static_range(UNROLL):
+        if FIRST + u < UNROLL:
+            x = x + load_rows(
+                x_ptr, stride_xm, lane, warp_k, FIRST + u, M, K, ONE_ROW, COLUMNS, WARPS_K, 1, EVEN_K
+            )  # fmt: skip
+        now_x = slice_of(x, 8 * COLUMNS * u, 8 * COLUMNS)
+        sums = multiply_column(
+            sums, codes, scales, now_x, table, u,
+            BLOCKSIZE, SHARED, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
+        )  # fmt: skip
     return sums
 
 
@@ -339,6 +397,67 @@ def finish_rows(
             store_element(y_ptr + column * rows + row, value, wanted)
 
 
+@triton.jit
+def finish_once(
+    sums, y_ptr, bias_ptr, residual_ptr, thread, group, M, N,
+    QUANT_TYPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, WARPS_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """As `finish_rows`, by all warps, where no table is needed any more: each adds up some of the sums."""
+    DTYPE: tl.constexpr = dtype_name(y_ptr.dtype.element_ty)
+    SUMS: tl.constexpr = 4 * COLUMNS
+    PER: tl.constexpr = 2 if GATED else 1
+    # A warp's results in the layout of the tensor core, of all tiles side by side along rows.
+    RESULTS: tl.constexpr = WARPS_N * TILES // PER * SUMS
+    EACH: tl.constexpr = (RESULTS + WARPS - 1) // WARPS
+    rows = N // 2 if GATED else N
+    lane = thread % 32
+    places = ()
+    biases = ()
+    other_biases = ()
+    residuals = ()
+    for e in tl.static_range(EACH):
+        result = thread // 32 + e * WARPS
+        place = tl.minimum(result, RESULTS - 1)
+        tile = place // SUMS
+        i = place % SUMS
+        places = places + ((tile * PER * SUMS + i) * 128,)  # noqa: RUF005
+        row = (group * (WARPS_N * TILES // PER) + tile) * 16 + i // 2 % 2 * 8 + lane // 4
+        column = i // 4 * 8 + i % 2 + lane % 4 * 2
+        wanted = (result < RESULTS) & (column < M) & (row < rows)
+        if HAS_BIAS:
+            biases = biases + (load_element(bias_ptr + row, wanted),)  # noqa: RUF005
+            if GATED:
+                other_biases = other_biases + (load_element(bias_ptr + rows + row, wanted),)  # noqa: RUF005
+        if HAS_RESIDUAL:
+            residuals = residuals + (load_element(residual_ptr + column * rows + row, wanted),)  # noqa: RUF005
+    PAIR: tl.constexpr = SUMS if GATED else 0
+    values = tl.inline_asm_elementwise(
+        asm.sum_everywhere(WARPS, WARPS_N, TILES * SUMS, EACH, PAIR),
+        asm.sum_everywhere_operands(TILES * SUMS, EACH, PAIR),
+        sums + places,
+        dtype=same(tl.float32, EACH * PER),
+        is_pure=False,
+        pack=1,
+    )
+    for e in tl.static_range(EACH):
+        result = thread // 32 + e * WARPS
+        tile = result // SUMS
+        i = result % SUMS
+        row = (group * (WARPS_N * TILES // PER) + tile) * 16 + i // 2 % 2 * 8 + lane // 4
+        column = i // 4 * 8 + i % 2 + lane % 4 * 2
+        wanted = (result < RESULTS) & (column < M) & (row < rows)
+        value = scaled(values[PER * e], biases[e] if HAS_BIAS else lane * 0.0, QUANT_TYPE, DTYPE, HAS_BIAS)
+        if ACTIVATION is not None:
+            value = activate(value, ACTIVATION)
+        if GATED:
+            other_bias = other_biases[e] if HAS_BIAS else lane * 0.0
+            value = value * scaled(values[PER * e + 1], other_bias, QUANT_TYPE, DTYPE, HAS_BIAS)
+        if HAS_RESIDUAL:
+            value = value + residuals[e]
+        store_element(y_ptr + column * rows + row, value, wanted)
+
+
 @triton.jit(do_not_specialize=["M", "N", "K", "stride_xm"])
 def gemv_4bit_kernel(
     tiled_ptr,  # int32 [ceil(N / 16), K / 64, 32 lanes, 4]
@@ -357,6 +476,7 @@ def gemv_4bit_kernel(
     QUANT_TYPE: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    SHARED: tl.constexpr,  # four lanes share scales; nested ones always
     BY_ROW: tl.constexpr,  # a factor of nested scales stands for whole rows
     OFFSETS: tl.constexpr,  # of nested scales, one for each row tile: weights quantized apart and joined
     HAS_BIAS: tl.constexpr,
@@ -374,6 +494,7 @@ def gemv_4bit_kernel(
     OVERLAP: tl.constexpr,  # None, "edges" or "weights"
     DEPTH: tl.constexpr,  # of one tensor core step: 16, on Turing 8
     ROUND: tl.constexpr,  # steps in a round of the loop, 1 or 2
+    ONCE: tl.constexpr,  # a program has one row group and one step, so there is no loop
 ):
     WARPS_K: tl.constexpr = WARPS // WARPS_N
     SUMS: tl.constexpr = TILES * asm.num_products(COLUMNS, ONE_ROW, 1)
@@ -395,7 +516,7 @@ def gemv_4bit_kernel(
         tl.extra.cuda.gdc_wait()
     codes, scales = load_weights(
         tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, group, step, True, N, K,
-        BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
+        BLOCKSIZE, NESTED, SHARED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
     )  # fmt: skip
     held = ()
     if NESTED:
@@ -405,7 +526,7 @@ def gemv_4bit_kernel(
         )  # fmt: skip
     map_address = (nested_code_ptr + thread * 0).to(tl.int64)
     table = tl.inline_asm_elementwise(
-        asm.fill_table(WARPS, QUANT_TYPE, DTYPE, asm.sum_bytes(WARPS, WARPS_N, TILES, SUMS, ONE_ROW), NESTED),
+        asm.fill_table(WARPS, QUANT_TYPE, DTYPE, asm.sum_bytes(WARPS, WARPS_N, TILES, SUMS, ONE_ROW, ONCE), NESTED),
         "=r,l",
         (map_address,),
         dtype=tl.int32,
@@ -415,71 +536,87 @@ def gemv_4bit_kernel(
     if OVERLAP == "weights":
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if AHEAD:
-        x = load_rows(
-            x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+    if ONCE:
+        sums = multiply_at_once(
+            codes, scales, held, x_ptr, stride_xm, lane, warp_k, table, M, K,
+            BLOCKSIZE, NESTED, SHARED, BY_ROW, ONE_ROW, COLUMNS, WARPS_K, TILES, UNROLL, EVEN_K, AHEAD, DTYPE, DEPTH,
         )  # fmt: skip
-    total = tl.cdiv(groups - group, tl.num_programs(0)) * steps
-    sums = zeros(thread * 0, SUMS)
-    turn = 0
-    for i in range(0, total, ROUND):
-        for part in tl.static_range(ROUND):
-            # Each step of a round of two has registers of its own: to hand loaded ones on would be to wait for them.
-            ends = step + 1 == steps
-            last = ends
-            if ROUND == 2:
-                # The second step of the last round may be one too many.
-                last = ends & (group < groups)
-            next_step = tl.where(ends, 0, step + 1)
-            next_group = tl.where(ends, group + tl.num_programs(0), group)
-            more = i + part + 1 < total
-            if not AHEAD and ROUND == 1:
-                now_x = load_rows(
-                    x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
-                )  # fmt: skip
-            next_codes, next_scales = load_weights(
-                tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, more, N, K,
-                BLOCKSIZE, NESTED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
+        if ONE_ROW:
+            finish_one_row(
+                sums, y_ptr, bias_ptr, residual_ptr, thread, group, 0, N,
+                QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, WARPS, TILES,
             )  # fmt: skip
-            if AHEAD:
-                now_x = x
-                x = load_rows(
-                    x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
-                )  # fmt: skip
-            if ROUND == 2:
-                tl.inline_asm_elementwise(
-                    asm.stay_behind(), "=r,r", (thread,), dtype=tl.int32, is_pure=False, pack=1
-                )  # fmt: skip
-            if not AHEAD and ROUND == 2:
-                now_x = load_rows(
-                    x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
-                )  # fmt: skip
-            sums = multiply_step(
-                sums, codes, scales, held, now_x, table,
-                BLOCKSIZE, NESTED, BY_ROW, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
+        else:
+            finish_once(
+                sums, y_ptr, bias_ptr, residual_ptr, thread, group, M, N,
+                QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, COLUMNS, WARPS, WARPS_N, TILES,
             )  # fmt: skip
-            if last:
-                if NESTED:
-                    held = load_constants(
-                        nested_absmax_ptr, nested_offset_ptr, lane, warp_n, next_group, more.to(tl.int32), N, K,
-                        BLOCKSIZE, BY_ROW, WARPS_N, TILES, UNROLL, GATED, OFFSETS,
+    else:
+        if AHEAD:
+            x = load_rows(
+                x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+            )  # fmt: skip
+        total = tl.cdiv(groups - group, tl.num_programs(0)) * steps
+        sums = zeros(thread * 0, SUMS)
+        turn = 0
+        for i in range(0, total, ROUND):
+            for part in tl.static_range(ROUND):
+                # Each step of a round of two has registers of its own: handing loaded ones on would wait for them.
+                ends = step + 1 == steps
+                last = ends
+                if ROUND == 2:
+                    # The second step of the last round may be one too many.
+                    last = ends & (group < groups)
+                next_step = tl.where(ends, 0, step + 1)
+                next_group = tl.where(ends, group + tl.num_programs(0), group)
+                more = i + part + 1 < total
+                if not AHEAD and ROUND == 1:
+                    now_x = load_rows(
+                        x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
                     )  # fmt: skip
-                if ONE_ROW:
-                    finish_one_row(
-                        sums, y_ptr, bias_ptr, residual_ptr, thread, group, turn, N,
-                        QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, WARPS, TILES,
+                next_codes, next_scales = load_weights(
+                    tiled_ptr, absmax_ptr, nested_absmax_ptr, lane, warp_n, warp_k, next_group, next_step, more, N, K,
+                    BLOCKSIZE, NESTED, SHARED, BY_ROW, WARPS_N, WARPS_K, TILES, UNROLL, EVEN_K, GATED,
+                )  # fmt: skip
+                if AHEAD:
+                    now_x = x
+                    x = load_rows(
+                        x_ptr, stride_xm, lane, warp_k, next_step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
                     )  # fmt: skip
-                    turn = 1 - turn
-                else:
-                    finish_rows(
-                        sums, y_ptr, bias_ptr, residual_ptr, lane, warp_n, warp_k, group, M, N,
-                        QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, COLUMNS, WARPS, WARPS_N, TILES,
+                if ROUND == 2:
+                    tl.inline_asm_elementwise(
+                        asm.stay_behind(), "=r,r", (thread,), dtype=tl.int32, is_pure=False, pack=1
                     )  # fmt: skip
-                sums = zeros(thread * 0, SUMS)
-            codes = next_codes
-            scales = next_scales
-            step = next_step
-            group = next_group
+                if not AHEAD and ROUND == 2:
+                    now_x = load_rows(
+                        x_ptr, stride_xm, lane, warp_k, step, M, K, ONE_ROW, COLUMNS, WARPS_K, UNROLL, EVEN_K
+                    )  # fmt: skip
+                sums = multiply_step(
+                    sums, codes, scales, held, now_x, table,
+                    BLOCKSIZE, NESTED, SHARED, BY_ROW, ONE_ROW, COLUMNS, TILES, UNROLL, DTYPE, DEPTH,
+                )  # fmt: skip
+                if last:
+                    if NESTED:
+                        held = load_constants(
+                            nested_absmax_ptr, nested_offset_ptr, lane, warp_n, next_group, more.to(tl.int32), N, K,
+                            BLOCKSIZE, BY_ROW, WARPS_N, TILES, UNROLL, GATED, OFFSETS,
+                        )  # fmt: skip
+                    if ONE_ROW:
+                        finish_one_row(
+                            sums, y_ptr, bias_ptr, residual_ptr, thread, group, turn, N,
+                            QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, WARPS, TILES,
+                        )  # fmt: skip
+                        turn = 1 - turn
+                    else:
+                        finish_rows(
+                            sums, y_ptr, bias_ptr, residual_ptr, lane, warp_n, warp_k, group, M, N,
+                            QUANT_TYPE, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, GATED, COLUMNS, WARPS, WARPS_N, TILES,
+                        )  # fmt: skip
+                    sums = zeros(thread * 0, SUMS)
+                codes = next_codes
+                scales = next_scales
+                step = next_step
+                group = next_group
 
 
 @functools.cache
@@ -513,10 +650,13 @@ def constants(
 ) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and `num_warps` and `launch_pdl` beside them."""
     overlapping = config.overlap(overlap, capability)
+    columns = next(columns for columns in (1, 2, 4) if 8 * columns >= M)
+    once = config.holds(K) and (M == 1 or asm.sums_fit(config.warps, config.tiles * 4 * columns))
     return {
         "QUANT_TYPE": quant_type,
         "BLOCKSIZE": blocksize,
         "NESTED": nested,
+        "SHARED": nested or config.shares,
         "BY_ROW": nested and NESTED_BLOCKSIZE % (K // blocksize) == 0,
         "OFFSETS": offsets,
         "HAS_BIAS": has_bias,
@@ -524,7 +664,7 @@ def constants(
         "ACTIVATION": activation,
         "GATED": gated,
         "ONE_ROW": M == 1,
-        "COLUMNS": next(columns for columns in (1, 2, 4) if 8 * columns >= M),
+        "COLUMNS": columns,
         "WARPS": config.warps,
         "WARPS_N": config.warps_n,
         "TILES": config.tiles,
@@ -533,7 +673,8 @@ def constants(
         "AHEAD": config.ahead and not runs_out_of_registers(M, config, capability),
         "OVERLAP": overlapping,
         "DEPTH": 16 if capability >= BFLOAT16_CAPABILITY else 8,
-        "ROUND": 2 if config.twice else 1,
+        "ROUND": 2 if config.twice and not once else 1,
+        "ONCE": once,
         "num_warps": config.warps,
         "launch_pdl": overlapping is not None,
     }

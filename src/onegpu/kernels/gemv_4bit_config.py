@@ -25,6 +25,8 @@ class Config:
     overlaps: bool = True  # may read W while the kernel in front still runs, where the caller allows it
     edges: bool = False  # else begin while that one runs, ask L2 for W, and wait
     twice: bool = False  # two steps in a round of the 4-bit kernel's loop, which takes registers for both
+    shares: bool = False  # plain scales of a 4-bit W are loaded by one of four lanes and handed to the others
+    once: bool = False  # no loop in the 4-bit kernel, where a step is all of K; `ahead` is then: all of x at once
 
     def grid(self, N: int, processors: int) -> int:
         """Programs for N rows of W."""
@@ -43,6 +45,11 @@ class Config:
     def is_even_k(self, K: int) -> bool:
         """Whether steps divide K, so that no load needs a guard."""
         return (K // 64) % (self.warps // self.warps_n * self.unroll) == 0
+
+    def holds(self, K: int) -> bool:
+        """Whether a program is to have nothing but one step."""
+        warps_k = self.warps // self.warps_n
+        return self.once and self.per_sm == 0 and ceil_div(K // 64, warps_k * self.unroll) == 1
 
     def fitted(self, K: int) -> Config:
         """The nearest configuration whose steps divide K; this one if none does."""

@@ -2,12 +2,13 @@
 # mypy: disable-error-code="assignment"
 """The scales of a step of the few-row 4-bit kernel: which tiles a warp holds, loads, evaluation of nested scales.
 
-The four lanes that share rows g and g + 8 of a tile need the same two scales. Plain ones each lane loads for itself.
-Nested ones cost a look-up and two roundings, so the four share the work (`work_of_lane`): lane t % 4 fetches and
-evaluates those of the t-th tile of a step alone (of every fourth where a step has more, one of the two where it has
-fewer) and hands them to the other three when they come to that tile (`scale_pair`): a fourth of the loads, look-ups
-and registers. A factor stands for 256 blocks: where it cannot change along a row (`BY_ROW`) it is loaded once
-for each row group, as the offset is, else for each step.
+The four lanes that share rows g and g + 8 of a tile need the same two scales. With `SHARED` they share the work
+(`work_of_lane`): lane t % 4 fetches those of the t-th tile of a step alone (of every fourth where a step has more, one
+of the two where it has fewer) and hands them to the other three when they come to that tile (`scale_pair`): a fourth of
+the loads and registers for two shuffles a tile. Without it each lane loads all for itself.
+
+Nested scales, which cost a look-up and two roundings beside, are always shared. A factor stands for 256 blocks: where
+it cannot change along a row (`BY_ROW`) it is loaded once for each row group, as the offset is, else for each step.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def log2(value):
 
 @triton.constexpr_function
 def parts(TILES, UNROLL):
-    """How many tiles of a step a lane evaluates nested scales of."""
+    """How many tiles of a step a lane has shared scales of."""
     assert TILES & (TILES - 1) == UNROLL & (UNROLL - 1) == 0, "tiles and unroll must be powers of two"
     return max(1, TILES * UNROLL // 4)
 
@@ -80,7 +81,7 @@ def row_tile_of(group, warp_n, row_tiles, tile, WARPS_N: tl.constexpr, TILES: tl
 
 @triton.jit
 def work_of_lane(lane, part: tl.constexpr, TILES: tl.constexpr, UNROLL: tl.constexpr):
-    """Which nested scales a lane evaluates: of which tile along rows and along columns, from which row of it on."""
+    """Which shared scales a lane has: of which tile along rows and along columns, from which row of it on."""
     tile = lane & (min(4, TILES * UNROLL) - 1)
     if part > 0:
         tile = tile + 4 * part
@@ -155,6 +156,7 @@ def load_scales(
     K,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
+    SHARED: tl.constexpr,
     BY_ROW: tl.constexpr,
     WARPS_N: tl.constexpr,
     WARPS_K: tl.constexpr,
@@ -163,14 +165,15 @@ def load_scales(
     EVEN_K: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """A lane's scales of TILES x UNROLL tiles, or the codes and factors of those it evaluates, as a flat tuple."""
+    """A lane's scales of TILES x UNROLL tiles, or if shared those it has, by part, block of a tile, row; of nested ones
+    what they are evaluated from: codes, then factors. A flat tuple."""
     GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
     ROWS: tl.constexpr = rows_of_lane(TILES, UNROLL)
     blocks = K // BLOCKSIZE
     row_tiles = tl.cdiv(N, 16)
     g = lane // 4
     scales = ()
-    if NESTED:
+    if SHARED:
         for part in tl.static_range(parts(TILES, UNROLL)):
             t, u, row = work_of_lane(lane, part, TILES, UNROLL)
             row_tile = row_tile_of(group, warp_n, row_tiles, t, WARPS_N, TILES, GATED)
@@ -183,21 +186,31 @@ def load_scales(
             if ROWS == 1:
                 place = place + (row >> 3)
             addresses = ((absmax_ptr + (row_tile * blocks + block) * 16 + place).to(tl.int64),)
-            if not BY_ROW:
+            if NESTED and not BY_ROW:
                 # Two blocks of 32 in one tile begin at an even one, so one factor stands for both.
                 flat = (row_tile * 16 + row) * blocks + block
                 for i in tl.static_range(ROWS):
                     # Beyond the last row, some other factor that exists.
                     index = tl.minimum(flat + i * 8 * blocks >> 8, N * blocks - 1 >> 8)
                     addresses = addresses + ((nested_absmax_ptr + index).to(tl.int64),)  # noqa: RUF005
-            scales = scales + tl.inline_asm_elementwise(
-                asm.load_nested(GROUPS, ROWS, not BY_ROW, not EVEN_K),
-                asm.load_nested_operands(GROUPS, ROWS, not BY_ROW),
-                addresses + (load,),  # noqa: RUF005
-                dtype=nested_types(GROUPS, 0 if BY_ROW else ROWS),
-                is_pure=False,
-                pack=1,
-            )
+            if NESTED:
+                scales = scales + tl.inline_asm_elementwise(
+                    asm.load_nested(GROUPS, ROWS, not BY_ROW, not EVEN_K),
+                    asm.load_nested_operands(GROUPS, ROWS, not BY_ROW),
+                    addresses + (load,),  # noqa: RUF005
+                    dtype=nested_types(GROUPS, 0 if BY_ROW else ROWS),
+                    is_pure=False,
+                    pack=1,
+                )
+            else:
+                scales = scales + tl.inline_asm_elementwise(
+                    asm.load_scales(GROUPS, ROWS, not EVEN_K),
+                    asm.load_scales_operands(GROUPS, ROWS),
+                    addresses + (load,),  # noqa: RUF005
+                    dtype=same(tl.float32, GROUPS * ROWS),
+                    is_pure=False,
+                    pack=1,
+                )
     else:
         for t in tl.static_range(TILES):
             row_tile = row_tile_of(group, warp_n, row_tiles, t, WARPS_N, TILES, GATED)
@@ -208,8 +221,8 @@ def load_scales(
                     load = load & (column_tile < K // 64).to(tl.int32)
                 address = (row_tile * blocks + block_of(column_tile, BLOCKSIZE)) * 16 + g * 2
                 scales = scales + tl.inline_asm_elementwise(
-                    asm.load_scales(GROUPS, not EVEN_K),
-                    asm.load_scales_operands(GROUPS),
+                    asm.load_scales(GROUPS, 2, not EVEN_K),
+                    asm.load_scales_operands(GROUPS, 2),
                     ((absmax_ptr + address).to(tl.int64), load),
                     dtype=same(tl.float32, 2 * GROUPS),
                     is_pure=False,
@@ -260,15 +273,15 @@ def scale_pair(
     u: tl.constexpr,
     block: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
+    SHARED: tl.constexpr,
     TILES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The float32 scales of rows g and g + 8 for one block of a tile; nested ones from the lanes that have them."""
+    """The float32 scales of rows g and g + 8 for one block of a tile; shared ones from the lanes that have them."""
     GROUPS: tl.constexpr = 2 if BLOCKSIZE == 32 else 1
     ROWS: tl.constexpr = rows_of_lane(TILES, UNROLL)
     tile: tl.constexpr = t * UNROLL + u
-    if NESTED:
+    if SHARED:
         at: tl.constexpr = (tile // 4 * GROUPS + block) * ROWS
         pair = tl.inline_asm_elementwise(
             asm.share(tile % 4, tile % 4 if ROWS == 2 else tile + TILES * UNROLL),
