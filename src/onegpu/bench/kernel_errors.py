@@ -11,6 +11,7 @@ kernel can be below, and the larger of the two is what it is held to.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -19,75 +20,111 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from onegpu.bench.kernel_time import first_line, normals, warm_up
+from onegpu.bench.kernel_time import first_line, normals, warm_up_products
 from onegpu.formats import NestedAbsmax, blockwise, dequantize_absmax, quantize_absmax, rowwise, tiling
 from onegpu.kernels import linear_4bit, linear_8bit, linear_16bit, quantize_4bit, quantize_8bit_rows
 
 __all__ = ["ALLOWED", "ODD_SHAPES", "measure_errors", "worst"]
 
 ODD_SHAPES: Final = {"odd rows": (4099, 4160), "odd": (1021, 1031)}
-INPUTS: Final[dict[str, float | None]] = {"normal": None, "heavy-tailed": 3.0}
+INPUTS: Final[dict[str, int | None]] = {"normal": None, "heavy-tailed": 3}
 DTYPES: Final = (torch.bfloat16, torch.float16)
 # What another order of float32 sums may add.
 ALLOWED: Final = 1.01
+Shapes = Mapping[str, tuple[int, int]]
 # A product, the float32 weight that it stands for, and the threshold where x is rounded.
 Prepared = tuple[Callable[[Tensor], Tensor], Tensor, float | None]
 
 
 def measure_errors(
-    shapes: Mapping[str, tuple[int, int]],
-    rows: Sequence[int],
-    device: torch.device,
-    progress: Callable[[str], None] = lambda _: None,
+    shapes: Shapes, rows: Sequence[int], device: torch.device, progress: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
     """One row for each operator, shape, dtype, kind of input and M: `error`, `allowed`, `ratio` of the two.
 
-    float16 is measured at the odd shapes alone: kernels differ by dtype no more than that shows.
+    float16 is measured at the odd shapes alone: kernels differ by dtype no more than that shows. M rows of x are the
+    first M of as many as are measured, so that one exact product serves them all.
     """
+    begun = time.perf_counter()
+
+    def say(text: str) -> None:
+        progress(f"errors, {time.perf_counter() - begun:.0f} s: {text}")
+
+    if device.type == "cuda":
+        say("compiling kernels")
+        compile_kernels(shapes, rows, device)
     results: list[dict[str, Any]] = []
     for (shape, (N, K)), (kind, freedom) in product(shapes.items(), INPUTS.items()):
-        inputs = [outlying(normals(M, K, device, seed=M, freedom=freedom)) for M in rows]
-        drawn = normals(N, K, device, freedom=freedom) / math.sqrt(K)
-        for dtype in DTYPES if shape in ODD_SHAPES else DTYPES[:1]:
+        inputs, weight = drawn(max(rows), N, K, device, freedom)
+        for dtype in dtypes_of(shape):
             here = {"shape": shape, "N": N, "K": K, "inputs": kind, "dtype": str(dtype).removeprefix("torch.")}
-            results += errors_of_all(here, drawn.to(dtype), [x.to(dtype) for x in inputs])
-        progress(f"errors: {shape}, {kind}")
+            found = list(errors_of_all(here, weight.to(dtype), inputs.to(dtype), rows))
+            results += found
+            say(f"{shape} {N}x{K}, {kind}, {here['dtype']}: {brief(found)}")
     return results
 
 
-def outlying(x: Tensor) -> Tensor:
-    """x with a few columns of outliers, in place."""
+def drawn(M: int, N: int, K: int, device: torch.device, freedom: int | None = None) -> tuple[Tensor, Tensor]:
+    """float32 x [M, K], with a few columns of outliers, and W [N, K]."""
+    x = normals(M, K, device, seed=1, freedom=freedom)
     x[:, 5::1024] *= 20
-    return x
+    return x, normals(N, K, device, freedom=freedom) / math.sqrt(K)
 
 
-def errors_of_all(here: dict[str, Any], weight: Tensor, inputs: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-    """Every operator on one weight; kernels of all of them are compiled side by side."""
-    ready: dict[str, Prepared] = {}
+def dtypes_of(shape: str) -> Sequence[torch.dtype]:
+    return DTYPES if shape in ODD_SHAPES else DTYPES[:1]
+
+
+def compile_kernels(shapes: Shapes, rows: Sequence[int], device: torch.device) -> None:
+    """Every kernel of every operator, before anything is measured: the more there are, the more go side by side."""
+    products = []
+    for shape, (N, K) in shapes.items():
+        inputs, weight = drawn(max(rows), N, K, device)
+        for dtype, (operator, prepare) in product(dtypes_of(shape), operators()):
+            try:
+                multiply = prepare(weight.to(dtype))[0]
+            except Exception:  # it fails again, and is a row, when it is measured
+                continue
+            kind = operator.partition(",")[0], dtype
+            products += [(kind, multiply, inputs[:M].to(dtype)) for M in rows]
+    warm_up_products(products)
+
+
+def brief(found: Sequence[Mapping[str, Any]]) -> str:
+    """The worst ratio of each operator, and at how many rows."""
+    highest: dict[str, Mapping[str, Any]] = {}
+    for row in worst(found):
+        name = row["operator"]
+        if name not in highest or badness(row) > badness(highest[name]):
+            highest[name] = row
+    return ", ".join(
+        f"{name} {row['note']}" if row["error"] is None else f"{name} {row['ratio']:.3f} at {row['M']}"
+        for name, row in highest.items()
+    )
+
+
+def errors_of_all(
+    here: dict[str, Any], weight: Tensor, inputs: Tensor, rows: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Every operator on one weight."""
     for operator, prepare in operators():
-        try:
-            ready[operator] = prepare(weight)
-        except Exception as error:  # one that fails is a row, not the end
-            yield here | {"operator": operator, "M": 0, "error": None, "note": first_line(error)}
-    if weight.is_cuda:
-        warm_up([partial(multiply, x) for multiply, _, _ in ready.values() for x in inputs])
-    for operator, prepared in ready.items():
         found = here | {"operator": operator}
         try:
-            yield from errors_of(found, prepared, inputs)
-        except Exception as error:
+            yield from errors_of(found, prepare(weight), inputs, rows)
+        except Exception as error:  # one that fails is a row, not the end
             yield found | {"M": 0, "error": None, "note": first_line(error)}
 
 
-def errors_of(here: dict[str, Any], prepared: Prepared, inputs: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
+def errors_of(
+    here: dict[str, Any], prepared: Prepared, inputs: Tensor, rows: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     multiply, dense, threshold = prepared
-    wide = dense.double()
-    for x in inputs:
-        M = len(x)
-        exact = x.double() @ wide.t()
+    wide, narrow = dense.double(), dense.to(inputs.dtype)
+    exact_of_all = inputs.double() @ wide.t()
+    for M in rows:
+        x, exact = inputs[:M], exact_of_all[:M]
         with torch.no_grad():
             error = relative(multiply(x), exact)
-        allowed = relative(torch.mm(x, dense.to(x.dtype).t()), exact)
+        allowed = relative(torch.mm(x, narrow.t()), exact)
         if threshold is not None and weight_only_rows(x, dense.shape) < M:
             allowed = max(allowed, relative((rounded_rows(x, threshold) @ wide.t()).to(x.dtype), exact))
         yield here | {"M": M, "error": error, "allowed": allowed, "ratio": error / allowed, "note": ""}
@@ -153,8 +190,8 @@ def prepare_16bit(weight: Tensor) -> Prepared:
 
 
 def badness(row: Mapping[str, Any]) -> float:
-    """NaN is worse than any number."""
-    return math.inf if math.isnan(row["ratio"]) else float(row["ratio"])
+    """NaN is worse than any number, and so is what failed."""
+    return math.inf if row["error"] is None or math.isnan(row["ratio"]) else float(row["ratio"])
 
 
 def worst(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

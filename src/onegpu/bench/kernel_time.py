@@ -16,9 +16,9 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -29,24 +29,34 @@ from torch import Tensor
 __all__ = [
     "CALLS",
     "Ceilings",
+    "all_of",
     "call_times",
+    "captured",
     "copies_of",
     "first_line",
+    "first_times",
     "measure_ceilings",
     "median_of_calls",
-    "median_time",
     "normals",
+    "number_of_calls",
+    "number_of_rounds",
     "replayed",
+    "settle",
     "time_limit",
+    "timed",
     "warm_up",
+    "warm_up_products",
 ]
 
 CALLS: Final = 24
 FEWEST_CALLS: Final = 4
 REPLAY_US: Final = 10_000
 ROUNDS: Final = 7
-ROUNDS_US: Final = 60_000
+FEWEST_ROUNDS: Final = 3
+ROUNDS_US: Final = 100_000
 SETTLE_SECONDS: Final = 0.02
+# Above, other kernels multiply.
+FEW_ROWS: Final = 16
 # A prime, so that rows of a repeated stretch of random numbers are not alike.
 STRETCH: Final = 4_194_301
 
@@ -79,13 +89,23 @@ def call_times(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> list
     """Microseconds of one call in each of several replays of all calls, captured in a graph."""
     for call in calls[:2]:
         call()
+    replay = captured(calls)
+    settle(replay)
+    return timed(replay, len(calls), rounds)
+
+
+def captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+    """What replays all calls, one after another, from a CUDA graph.
+
+    Raises:
+        RuntimeError: one of them waits for the host.
+    """
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    settle(graph.replay)
-    return timed(graph.replay, len(calls), rounds)
+    return graph.replay
 
 
 def settle(run: Callable[[], Any]) -> None:
@@ -110,48 +130,50 @@ def timed(run: Callable[[], Any], count: int, rounds: int, warm: int = 2) -> lis
     return times
 
 
-def median_time(
-    products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, *, capture: bool = True, patience: float | None = None
-) -> tuple[float, str]:
-    """Median microseconds of a product, those on different weights in turn; and a note if they were not captured.
+def median_of_calls(different: Sequence[Callable[[], Any]]) -> tuple[float, str]:
+    """Median microseconds of a call, different ones in turn; and a note if they could not be captured."""
+    alone = first_times(different)
+    count = number_of_calls(alone, len(different))
+    calls = [different[i % len(different)] for i in range(count)]
+    try:
+        return statistics.median(call_times(calls, number_of_rounds(alone * count))), ""
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        reason = first_line(error)
+    return statistics.median(timed(all_of(calls), count, FEWEST_ROUNDS, warm=1)), f"not captured: {reason}"
 
-    Args:
-        capture: False for what is known to wait for the host, which breaks a capture.
-        patience: seconds that the first call may take to get ready; TimeoutError after them.
+
+def first_times(different: Sequence[Callable[[], Any]], patience: float | None = None) -> float:
+    """Microseconds of a call by itself, after two that may compile.
+
+    Raises:
+        TimeoutError: these two took longer than `patience`, in seconds.
     """
-    return median_of_calls([partial(product, x) for product in products], capture=capture, patience=patience)
-
-
-def median_of_calls(
-    different: Sequence[Callable[[], Any]], *, capture: bool = True, patience: float | None = None
-) -> tuple[float, str]:
-    """As `median_time`, for calls without arguments."""
     with time_limit(patience):
         for call in different[:2]:
             call()
         torch.cuda.synchronize()
-    alone = min(timed(different[0], 1, 2, warm=0))
-    count = number_of_calls(alone, len(different))
-    rounds = min(ROUNDS, max(3, int(ROUNDS_US / (alone * count))))
-    calls = [different[i % len(different)] for i in range(count)]
-    reason = "it waits for the host"
-    if capture:
-        try:
-            return statistics.median(call_times(calls, rounds)), ""
-        except RuntimeError as error:
-            torch.cuda.synchronize()
-            reason = first_line(error)
+    return min(timed(different[0], 1, 2, warm=0))
 
-    def all_calls() -> None:
+
+def all_of(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:
+    """All calls, one after another."""
+
+    def run() -> None:
         for call in calls:
             call()
 
-    return statistics.median(timed(all_calls, count, 3, warm=1)), f"not captured: {reason}"
+    return run
 
 
 def number_of_calls(us: float, copies: int) -> int:
     """Calls of `us` microseconds in a replay, which goes around all copies unless that takes too long."""
     return max(FEWEST_CALLS, min(max(CALLS, copies), math.ceil(REPLAY_US / us)))
+
+
+def number_of_rounds(us: float) -> int:
+    """Replays of `us` microseconds that are timed."""
+    return min(ROUNDS, max(FEWEST_ROUNDS, int(ROUNDS_US / us)))
 
 
 def replayed(step: Callable[[], Tensor]) -> tuple[float, Tensor, bool]:
@@ -194,16 +216,31 @@ def warm_up(calls: Sequence[Callable[[], Any]]) -> None:
     """Each call once, in threads, so that kernels are compiled side by side. What fails here fails when it is timed."""
 
     def once(call: Callable[[], Any]) -> None:
-        with torch.no_grad():
-            try:
-                torch.zeros(1, device="cuda")  # makes the device's context that of this thread
-                call()
-            except Exception:
-                return
+        with torch.no_grad(), suppress(Exception):
+            torch.zeros(1, device="cuda")  # makes the device's context that of this thread
+            call()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(once, calls))
     torch.cuda.synchronize()
+
+
+def warm_up_products(products: Iterable[tuple[Hashable, Callable[[Tensor], Any], Tensor]]) -> None:
+    """As `warm_up`, for (kind, product, x): those of a kind one after another, few rows and many apart.
+
+    Products of a kind share kernels: side by side, each would compile them.
+    """
+    groups: dict[Hashable, list[Callable[[], Any]]] = {}
+    for kind, product, x in products:
+        groups.setdefault((kind, len(x) > FEW_ROWS), []).append(partial(product, x))
+    warm_up([partial(in_a_row, calls) for calls in groups.values()])
+
+
+def in_a_row(calls: Sequence[Callable[[], Any]]) -> None:
+    """Calls one after another, going on after one that fails."""
+    for call in calls:
+        with suppress(Exception):
+            call()
 
 
 def first_line(error: Exception) -> str:
@@ -216,7 +253,7 @@ def copies_of(tensors: Sequence[Tensor], rotation: int) -> list[tuple[Tensor, ..
     return [tuple(tensor.clone() for tensor in tensors) for _ in range(max(2, math.ceil(rotation / size)))]
 
 
-def normals(rows: int, columns: int, device: torch.device, seed: int = 0, freedom: float | None = None) -> Tensor:
+def normals(rows: int, columns: int, device: torch.device, seed: int = 0, freedom: int | None = None) -> Tensor:
     """float32 [rows, columns], normal, or Student's t with so many degrees of freedom.
 
     Drawn on the CPU and repeated: it is quick, the same everywhere, and a GPU's own random numbers may be unusable
@@ -226,7 +263,9 @@ def normals(rows: int, columns: int, device: torch.device, seed: int = 0, freedo
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(count, generator=generator)
     if freedom is not None:
-        halves = torch.full((count,), freedom / 2)
-        drawn /= (torch._standard_gamma(halves, generator=generator) / halves).sqrt()
+        squares = torch.zeros(count)
+        for _ in range(freedom):
+            squares += torch.randn(count, generator=generator).square_()
+        drawn /= (squares / freedom).sqrt_()
     stretch = drawn.to(device)
     return stretch.repeat(-(-rows * columns // count))[: rows * columns].view(rows, columns)

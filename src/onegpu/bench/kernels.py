@@ -2,9 +2,12 @@
 
     weights     rotated over at least `ROTATION` bytes, so that none is in L2 (`kernel_time` says how times are taken)
     roofline    max(bytes / read bandwidth, operations / product speed); bytes are those of the weight as stored, x, y
+    turns       at each number of rows all operators take turns, for the card's clock changes with its load and time
+                (`kernel_turns`); `times_bf16` is the median over rounds of quotients within one
 
-Contenders are made from one weight and measured in turn at each number of rows; a contender that fails is a row with
-the reason. A call that cannot be captured is timed as it is, and the row says so.
+Operators are made from one weight and stay in memory while a shape is measured; where it has not room for all, so many
+at a time as it has, each time with cuBLAS. One that fails is a row with the reason. A call that cannot be captured is
+timed as it is, and the row says so.
 """
 
 from __future__ import annotations
@@ -19,21 +22,19 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from onegpu.bench.kernel_peers import PEERS, UNCAPTURED
+from onegpu.bench.kernel_products import BASELINE, OURS, Contender, Maker, makers, torch_product
 from onegpu.bench.kernel_time import (
     Ceilings,
     call_times,
     copies_of,
     first_line,
     measure_ceilings,
-    median_time,
     normals,
     time_limit,
-    warm_up,
+    warm_up_products,
 )
+from onegpu.bench.kernel_turns import Turn, take_turns, turn_of
 from onegpu.errors import ConfigError
-from onegpu.formats import tiling
-from onegpu.kernels import linear_4bit, linear_8bit, linear_16bit, quantize_4bit, quantize_8bit_rows
 
 __all__ = [
     "BASELINE",
@@ -58,19 +59,18 @@ MODELS: Final = {
     "mixtral": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
 }
 ROTATION: Final = 800_000_000
-# Seconds that another package may take for one shape, and for a first call, which may compile or tune.
-PEER_SECONDS: Final = 12.0
-PEER_PATIENCE: Final = 8.0
 # Relative error that no right product of 4-bit weights comes near; a time of another is not given.
 WRONG: Final = 0.3
-Product = Callable[[Tensor], Tensor]
+# What a graph holds beside x and y, for example slices of dequantized weights.
+GRAPH_BYTES: Final = 2**27
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One operator at one shape. `us` is None where it failed, and `note` says why.
+    """One operator at one shape. `us`, the median over rounds, is None where it failed, and `note` says why.
 
-    `roofline_percent` is of the 16-bit ceilings: products of int8 tensor cores may pass 100.
+    `roofline_percent` is of the 16-bit ceilings: products of int8 tensor cores may pass 100. `us_min` and `us_max` are
+    those of the quickest and the slowest round.
     """
 
     shape: str
@@ -84,23 +84,8 @@ class Row:
     roofline_percent: float | None = None
     times_bf16: float | None = None
     note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One contender for one weight: calls on copies that lie apart, and the bytes of one copy.
-
-    `seconds`: how long all numbers of rows may take, and `patience` one first call; None for as long as they do.
-    """
-
-    products: list[Product]
-    num_bytes: int
-    capture: bool = True
-    seconds: float | None = None
-    patience: float | None = None
-
-
-Maker = Callable[[Tensor, int], Prepared]
+    us_min: float | None = None
+    us_max: float | None = None
 
 
 def parse_shapes(text: str) -> dict[str, tuple[int, int]]:
@@ -130,94 +115,6 @@ def parse_rows(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def torch_product(weight: Tensor, x: Tensor) -> Tensor:
-    return torch.mm(x, weight.t())
-
-
-def our_product(weight: Tensor, x: Tensor) -> Tensor:
-    return linear_16bit(x, weight)
-
-
-def make_16bit(multiply: Callable[[Tensor, Tensor], Tensor]) -> Maker:
-    """A product with the weight as it is."""
-
-    def make(weight: Tensor, rotation: int) -> Prepared:
-        copies = copies_of([weight], rotation)
-        return Prepared([partial(multiply, w) for (w,) in copies], weight.nbytes)
-
-    return make
-
-
-def make_4bit(quant_type: str, tiled: bool, nested: bool) -> Maker:
-    """Our 4-bit product, on rows as they are stored or on tiles."""
-
-    def make(weight: Tensor, rotation: int) -> Prepared:
-        from onegpu.formats.blockwise import quantize_absmax
-        from onegpu.kernels.tiled_ops import linear_4bit_tiled
-
-        N, K = weight.shape
-        packed, absmax = quantize_4bit(weight, quant_type, 64)
-        rest: tuple[Tensor, ...] = ()
-        if nested:
-            absmax, *more = quantize_absmax(absmax)
-            rest = tuple(more)
-        if tiled:
-            packed, absmax = tiling.tile_codes(packed, N, K), tiling.tile_scales(absmax, N, K, 64)
-        operator: Callable[..., Tensor] = linear_4bit_tiled if tiled else linear_4bit
-        copies = copies_of([packed, absmax, *rest], rotation)
-
-        def product(copy: tuple[Tensor, ...], x: Tensor) -> Tensor:
-            return operator(x, copy[0], copy[1], None, N, quant_type, 64, *copy[2:])
-
-        return Prepared([partial(product, copy) for copy in copies], sum(tensor.nbytes for tensor in copies[0]))
-
-    return make
-
-
-def make_8bit(threshold: float) -> Maker:
-    def make(weight: Tensor, rotation: int) -> Prepared:
-        codes, row_stats, _ = quantize_8bit_rows(weight)
-        copies = copies_of([codes, row_stats], rotation)
-
-        def product(copy: tuple[Tensor, ...], x: Tensor) -> Tensor:
-            return linear_8bit(x, copy[0], copy[1], None, threshold)
-
-        return Prepared([partial(product, copy) for copy in copies], codes.nbytes + row_stats.nbytes)
-
-    return make
-
-
-# In tile order as optimized models have them, in rows as they are loaded.
-OURS: Final[dict[str, Maker]] = {
-    "onegpu nf4, tiled": make_4bit("nf4", tiled=True, nested=False),
-    "onegpu nf4+double, tiled": make_4bit("nf4", tiled=True, nested=True),
-    "onegpu fp4, tiled": make_4bit("fp4", tiled=True, nested=False),
-    "onegpu nf4": make_4bit("nf4", tiled=False, nested=False),
-    "onegpu int8": make_8bit(0.0),
-    "onegpu int8, outliers": make_8bit(6.0),
-    "onegpu bf16": make_16bit(our_product),
-}
-BASELINE: Final = "bf16 cuBLAS"
-
-
-def makers(peers: bool) -> list[dict[str, Maker]]:
-    """The baseline first, so that the others can be held against it; then other packages, for what they may break."""
-    found = [{BASELINE: make_16bit(torch_product)} | OURS]
-    if peers:
-        found.append({name: wrap_peer(make, name not in UNCAPTURED) for name, make in PEERS.items()})
-    return found
-
-
-def wrap_peer(make: Callable[[Tensor], tuple[Product, int]], capture: bool) -> Maker:
-    def prepared(weight: Tensor, rotation: int) -> Prepared:
-        product, size = make(weight)
-        count = max(2, math.ceil(rotation / size))
-        products = [product, *(make(weight)[0] for _ in range(count - 1))]
-        return Prepared(products, size, capture, PEER_SECONDS, PEER_PATIENCE)
-
-    return prepared
-
-
 def activations(M: int, K: int, device: torch.device) -> Tensor:
     """bfloat16 [M, K], normal, with a few columns of outliers."""
     x = normals(M, K, device, seed=M)
@@ -235,44 +132,79 @@ def compare_kernels(
     rotation: int = ROTATION,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
-    """Every contender at every shape and number of rows, ours at all shapes first; each is made once for a shape."""
-    base: dict[str, dict[int, float]] = {shape: {} for shape in shapes}
-    for contenders in makers(peers):
-        for shape, (N, K) in shapes.items():
-            weight = (normals(N, K, device) / math.sqrt(K)).to(torch.bfloat16)
-            inputs = {M: activations(M, K, device) for M in rows}
-            for operator, make in contenders.items():
-                found = list(rows_of(shape, operator, make, weight, inputs, ceilings, base[shape], rotation))
-                progress(f"{shape} {operator}: " + ", ".join(brief(row) for row in found))
+    """Every operator at every shape and number of rows, in this order; each is made once for a shape."""
+    for shape, (N, K) in shapes.items():
+        weight = (normals(N, K, device) / math.sqrt(K)).to(torch.bfloat16)
+        inputs = [activations(M, K, device) for M in rows]
+        everyone = makers(peers)
+        room = room_for(N, K, max(rows), rotation, free_bytes(device))
+        groups = in_groups(everyone, room)
+        if len(groups) > 1:
+            progress(
+                f"{shape}: memory has room for {int(room)} of {len(everyone)} operators; so many take turns at a time"
+            )
+        for i, group in enumerate(groups):
+            for found in compare_group(shape, group, weight, inputs, ceilings, rotation):
+                found = [row for row in found if i == 0 or row.operator != BASELINE]
+                if found:
+                    progress(f"{shape}, {found[0].M or 'no'} rows: " + "; ".join(map(brief, found)))
                 yield from found
 
 
-def rows_of(
+def free_bytes(device: torch.device) -> float:
+    """What tensors can still take; without bound off a GPU."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def room_for(N: int, K: int, M: int, rotation: int, free: float) -> float:
+    """How many operators have room at once, two or more: their weights, and a graph for each with its x and y."""
+    weight = 2 * N * K
+    each = max(2 * weight, rotation + weight) + 4 * M * (N + K) + GRAPH_BYTES
+    shared = weight + 16 * M * (N + K)  # of which most is for comparing results
+    return max(2.0, (free - shared) / each)
+
+
+def in_groups(everyone: Mapping[str, Maker], room: float) -> list[dict[str, Maker]]:
+    """At most `room` in each, the baseline first; the others as they come."""
+    others = [name for name in everyone if name != BASELINE]
+    most = int(min(room - 1, max(1, len(others))))
+    parts = [others[i : i + most] for i in range(0, len(others), most)] or [[]]
+    return [{name: everyone[name] for name in (BASELINE, *part)} for part in parts]
+
+
+def compare_group(
     shape: str,
-    operator: str,
-    make: Maker,
+    group: Mapping[str, Maker],
     weight: Tensor,
-    inputs: Mapping[int, Tensor],
+    inputs: Sequence[Tensor],
     ceilings: Ceilings,
-    base: dict[int, float],
     rotation: int,
-) -> Iterator[Row]:
-    """One contender at every number of rows; `base` holds the baseline's times by M and takes them."""
+) -> Iterator[list[Row]]:
+    """The rows of each number of rows of x; before them, those of operators that could not be made."""
     N, K = weight.shape
-    started = time.monotonic()
-    try:
-        prepared = make(weight, rotation)
-    except Exception as error:  # a peer that is absent or fails is a row, not the end
-        yield Row(shape, N, K, 0, operator, None, note=first_line(error))
-        return
-    if operator in OURS and weight.is_cuda:
-        warm_up([partial(prepared.products[0], x) for x in inputs.values()])
-    for M, x in inputs.items():
-        if prepared.seconds is not None and time.monotonic() - started > prepared.seconds:
-            yield Row(shape, N, K, M, operator, None, note=f"left out after {prepared.seconds:.0f} s")
+    contenders: dict[str, Contender] = {}
+    failed: list[Row] = []
+    for operator, make in group.items():
+        begun = time.monotonic()
+        try:
+            contenders[operator] = make(weight, rotation)
+        except Exception as error:  # a peer that is absent or fails is a row, not the end
+            failed.append(Row(shape, N, K, 0, operator, None, note=first_line(error)))
             continue
-        yield measure_row(shape, operator, prepared, x, weight, ceilings, base)
-    del prepared
+        contenders[operator].spent = time.monotonic() - begun
+    yield failed
+    if weight.is_cuda:
+        warm_up_products(
+            (operator.partition(",")[0], contenders[operator].products[0], x)
+            for operator in contenders
+            if operator in OURS
+            for x in inputs
+        )
+    for x in inputs:
+        yield compare_at(shape, contenders, x, weight, ceilings)
+    contenders.clear()
     if weight.is_cuda:
         try:
             torch.cuda.empty_cache()
@@ -280,31 +212,66 @@ def rows_of(
             return
 
 
-def measure_row(
+def compare_at(
+    shape: str, contenders: Mapping[str, Contender], x: Tensor, weight: Tensor, ceilings: Ceilings
+) -> list[Row]:
+    """One number of rows: whoever multiplies right takes turns."""
+    (M, K), N = x.shape, weight.shape[0]
+    turns: dict[str, Turn] = {}
+    notes: dict[str, str] = {}
+    with torch.no_grad():
+        for operator, contender in contenders.items():
+            if contender.seconds is not None and contender.spent > contender.seconds:
+                notes[operator] = f"left out after {contender.seconds:.0f} s"
+                continue
+            begun = time.monotonic()
+            try:
+                notes[operator] = why_wrong(contender, x, weight)
+                if not notes[operator]:
+                    calls = [partial(product, x) for product in contender.products]
+                    turns[operator] = turn_of(calls, capture=contender.capture, patience=contender.patience)
+            except Exception as error:
+                notes[operator] = first_line(error)
+            contender.spent += time.monotonic() - begun
+        take_turns(list(turns.values()))
+    found = []
+    for operator, contender in contenders.items():
+        turn = turns.get(operator)
+        if turn is None or turn.error:
+            found.append(Row(shape, N, K, M, operator, None, note=turn.error if turn else notes[operator]))
+            continue
+        contender.spent += turn.seconds
+        found.append(row_of(shape, N, K, M, operator, turn, turns.get(BASELINE), contender.num_bytes, ceilings))
+    return found
+
+
+def why_wrong(contender: Contender, x: Tensor, weight: Tensor) -> str:
+    """Empty where the product is about that of the weight as it is.
+
+    Raises:
+        TimeoutError: it does not get ready.
+    """
+    plain = torch_product(weight, x).float()
+    with time_limit(contender.patience):
+        y = contender.products[-1](x).float()
+    error = float((y - plain).norm() / plain.norm())
+    return "" if error < WRONG else f"wrong: relative error {error:.2g}"
+
+
+def row_of(
     shape: str,
+    N: int,
+    K: int,
+    M: int,
     operator: str,
-    prepared: Prepared,
-    x: Tensor,
-    weight: Tensor,
+    turn: Turn,
+    base: Turn | None,
+    weight_bytes: int,
     ceilings: Ceilings,
-    base: dict[int, float],
 ) -> Row:
     """One row of the table."""
-    (M, K), N = x.shape, weight.shape[0]
-    try:
-        with torch.no_grad():
-            plain = torch_product(weight, x).float()
-            with time_limit(prepared.patience):
-                y = prepared.products[-1](x).float()
-            error = float((y - plain).norm() / plain.norm())
-            if not error < WRONG:
-                return Row(shape, N, K, M, operator, None, note=f"wrong: relative error {error:.2g}")
-            us, note = median_time(prepared.products, x, capture=prepared.capture, patience=prepared.patience)
-    except Exception as error:
-        return Row(shape, N, K, M, operator, None, note=first_line(error))
-    if operator == BASELINE:
-        base[M] = us
-    num_bytes, operations = prepared.num_bytes + 2 * M * (N + K), 2 * M * N * K
+    num_bytes, operations = weight_bytes + 2 * M * (N + K), 2 * M * N * K
+    us = turn.us
     return Row(
         shape,
         N,
@@ -315,14 +282,16 @@ def measure_row(
         gb_s=num_bytes / us / 1e3,
         tflop_s=operations / us / 1e6,
         roofline_percent=100 * ceilings.seconds(num_bytes, operations) / (us / 1e6),
-        times_bf16=base[M] / us if M in base else None,
-        note=note,
+        times_bf16=None if base is None else turn.times_as_fast_as(base),
+        note=turn.note,
+        us_min=min(turn.times),
+        us_max=max(turn.times),
     )
 
 
 def brief(row: Row) -> str:
-    """A row in a line of progress: rows of x, microseconds, times bf16; or why not."""
+    """A row in a line of progress: the operator, microseconds, times bf16; or why not."""
     if row.us is None:
-        return f"{row.M or 'all'}: {row.note}"
+        return f"{row.operator}: {row.note}"
     ratio = "" if row.times_bf16 is None else f" {row.times_bf16:.2f}x"
-    return f"{row.M}: {row.us:.1f} us {row.roofline_percent:.0f}%{ratio}"
+    return f"{row.operator} {row.us:.1f} us {row.roofline_percent:.0f}%{ratio}"
