@@ -40,6 +40,29 @@ def test_one_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0]["note"] == "RuntimeError: no luck"
 
 
+def test_all_kernels_are_compiled_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[tuple[object, torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(kernel_errors, "warm_up_products", jobs.extend)
+    kernel_errors.compile_kernels(SHAPES, [1, 7], CPU)
+    assert len(jobs) == (1 + 2) * 6 * 2, "float16 at odd shapes alone"
+    assert {kind for kind, _, _ in jobs} == {
+        (name.partition(",")[0], dtype) for name, _ in kernel_errors.operators() for dtype in kernel_errors.DTYPES
+    }
+    assert {(multiply(x).shape[1], len(x)) for _, multiply, x in jobs} == {(96, 1), (96, 7), (31, 1), (31, 7)}
+
+
+def test_progress_has_every_operator_of_a_shape() -> None:
+    said: list[str] = []
+    measure_errors(SHAPES, [1, 7], CPU, said.append)
+    assert [line.partition(": ")[2].partition(": ")[0] for line in said] == [
+        f"{shape}, {kind}, {dtype}"
+        for shape, dtypes in (("even 96x128", ["bfloat16"]), ("odd 31x67", ["bfloat16", "float16"]))
+        for kind in ("normal", "heavy-tailed")
+        for dtype in dtypes
+    ]
+    assert all(f"{name} " in line for line in said for name, _ in kernel_errors.operators())
+
+
 def test_the_worst_of_each_operator_and_rows() -> None:
     rows = [
         {"operator": "a", "M": 1, "error": 1.0, "ratio": 0.9},

@@ -79,13 +79,15 @@ def compile_kernels(shapes: Shapes, rows: Sequence[int], device: torch.device) -
     products = []
     for shape, (N, K) in shapes.items():
         inputs, weight = drawn(max(rows), N, K, device)
-        for dtype, (operator, prepare) in product(dtypes_of(shape), operators()):
-            try:
-                multiply = prepare(weight.to(dtype))[0]
-            except Exception:  # it fails again, and is a row, when it is measured
-                continue
-            kind = operator.partition(",")[0], dtype
-            products += [(kind, multiply, inputs[:M].to(dtype)) for M in rows]
+        for dtype in dtypes_of(shape):
+            x, narrow = inputs.to(dtype), weight.to(dtype)
+            for operator, prepare in operators():
+                try:
+                    multiply = prepare(narrow)[0]
+                except Exception:  # it fails again, and is a row, when it is measured
+                    continue
+                kind = operator.partition(",")[0], dtype
+                products += [(kind, multiply, x[:M]) for M in rows]
     warm_up_products(products)
 
 
