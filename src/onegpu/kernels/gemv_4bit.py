@@ -13,9 +13,10 @@ A warp takes `TILES` tiles of 16 rows by `UNROLL` tiles of 64 columns at a time;
 side by side along rows of W and the rest split K. A program walks row groups with the stride of the grid, and every
 load of codes, scales and (while registers last) x is issued one step before it is used, across row groups too: what
 counts is bytes in flight. In a round of one step, what was loaded moves to the registers that the next step reads, and
-so is waited for at the end of its own; in a round of two (where registers last) it stays where it is. With `GATED` a
-warp's tiles are pairs, one of rows n and one of rows n + N / 2, so that a gate and what it multiplies meet in one
-thread.
+so is waited for at the end of its own; in a round of two (where registers last) it stays where it is. Where a step can
+be all of K there need be no loop (`ONCE`): all weights of a program are asked for at once, x follows tile by tile, and
+sums over warps go through what was the table's memory, each warp adding up its share. With `GATED` a warp's tiles are
+pairs, one of rows n and one of rows n + N / 2, so that a gate and what it multiplies meet in one thread.
 
 Everything that touches registers of a tensor core is inline assembly on values of shape [warps, 32 lanes], whose
 element index is the thread's own index; so are the stores (see `lanes`). The operands of x are rows in their
