@@ -1,6 +1,7 @@
 """Compiles the small-M 4-bit kernel without a GPU, and prints one JSON line for each case.
 
     python gemv_4bit_programs.py compile 80 90     each shipped configuration: registers, spills, instructions, ...
+    python gemv_4bit_programs.py fitted 90         what each K makes of them: registers, spills
     python gemv_4bit_programs.py run               PTX run by `ptx_machine` on odd shapes, against float64
 
 Run as a program: Triton's interpreter must be off, hence a process of its own.
@@ -9,6 +10,7 @@ Run as a program: Triton's interpreter must be off, hence a process of its own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import subprocess
@@ -30,7 +32,15 @@ from kernels.ptx_machine import Memory, PtxError, launch, parse
 from onegpu.formats import blockwise, tiling
 from onegpu.kernels import asm_4bit
 from onegpu.kernels.gemv_4bit import constants, gemv_4bit_kernel
-from onegpu.kernels.gemv_4bit_config import ALONE, ALONE_NESTED, OVERLAPPED, OVERLAPPED_NESTED, Config, configure
+from onegpu.kernels.gemv_4bit_config import (
+    ALONE,
+    ALONE_NESTED,
+    ALONE_PLAIN,
+    OVERLAPPED,
+    OVERLAPPED_NESTED,
+    Config,
+    configure,
+)
 from onegpu.kernels.launch import NO_CONTRACTION
 from onegpu.kernels.tail import apply_tail
 
@@ -177,6 +187,7 @@ def compile_all(architectures: list[str]) -> None:
     shipped |= {
         ("overlapped nested", *key): value for key, value in OVERLAPPED_NESTED.items() if OVERLAPPED[key] != value
     }
+    shipped |= {("alone plain", *key): value for key, value in ALONE_PLAIN.items()}
     shipped |= {("unshipped", *key): value for key, value in UNSHIPPED.items()}
     for arch in architectures:
         seen = set()
@@ -194,6 +205,8 @@ def compile_all(architectures: list[str]) -> None:
             if kind.endswith("nested"):
                 overlaps = kind.startswith("overlapped") and int(arch) >= 90
                 forms = [(True, 1, overlaps), (True, 3, overlaps)]
+            if kind == "alone plain":
+                forms = [(False, 1, False)]
             if config.once:
                 # With more steps it would be in a loop, for which it is not made.
                 forms = list(dict.fromkeys((nested, 1, overlap) for nested, _, overlap in forms))
@@ -205,6 +218,24 @@ def compile_all(architectures: list[str]) -> None:
                 except Exception as error:  # a failure is a result here
                     result["error"] = f"{type(error).__name__}: {error}"[-2000:]
                 emit(result)
+
+
+def compile_fitted(architectures: list[str]) -> None:
+    """Every form that some K up to 16384 takes at 8 and 16 rows where scales are plain and nothing overlaps."""
+    for arch in architectures:
+        seen = {}
+        for M, N in itertools.product((8, 16), (4096, 28672)):
+            for K in range(64, 16384 + 1, 64):
+                config = configure(M, N, K, overlap=False)
+                form = (M, replace(config, per_sm=0, even=False), config.is_even_k(K), config.holds(K))
+                seen.setdefault(form, (config, K))
+        for (M, _, even, once), (config, K) in seen.items():
+            lines, registers, _ = disassemble(compile_kernel(config, M, K, int(arch), "bf16")[0].asm["cubin"])
+            spilled = sum(line.startswith(("STL", "LDL")) for line in lines)
+            emit(
+                {"case": f"{M=} {K=} {even=} {once=} {config}", "warps": config.warps, "registers": registers}
+                | {"spilled": spilled, "once": once}
+            )
 
 
 def padded(tensor: torch.Tensor) -> np.ndarray:
@@ -445,6 +476,10 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
         "bf16",
         {"residual": True, "bias": "fp32"},
     ),
+    "at once, sixteen rows, eight tiles along K": (ALONE_PLAIN[16, "narrow"], 16, 39, 4096, "bf16", {"bias": "bf16"}),
+    "at once, eight rows, scales of its own": (ALONE_PLAIN[8, "narrow"], 8, 41, 4096, "fp16", {"residual": True}),
+    "shared, edges, rounds of two": (ALONE_PLAIN[8, "wide"], 8, 100, 512, "bf16", {"grid": 1}),
+    "shared, edges, eight warps": (ALONE_PLAIN[8, "deep"], 8, 33, 6144, "bf16", {"grid": 1}),
     "at once, sixteen rows, guarded, blocks of 32": (
         Config(8, 1, 2, 4, ahead=False, shares=True, once=True),
         13,
@@ -493,8 +528,9 @@ def run_all() -> None:
             result["failure"] = f"{type(error).__name__}: {error}"
         emit(result)
     for M in range(1, 33, 2):
-        config = configure(M, 40, 512, overlap=False)
-        emit({"case": f"M={M}"} | run_case(config, M, 40, 512, "bf16"))
+        for nested in (False, True):
+            config = configure(M, 40, 512, overlap=False, nested=nested)
+            emit({"case": f"{M=} {nested=}"} | run_case(config, M, 40, 512, "bf16", nested=nested))
 
 
 def emit(result: dict[str, Any]) -> None:
@@ -502,4 +538,5 @@ def emit(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_all() if sys.argv[1] == "run" else compile_all(sys.argv[2:])
+    commands = {"run": lambda _: run_all(), "compile": compile_all, "fitted": compile_fitted}
+    commands[sys.argv[1]](sys.argv[2:])
