@@ -13,7 +13,18 @@ from kernels.cases import Weight4bit, assert_no_worse, exact_product, normal, ru
 from kernels.sass import instructions
 from onegpu.config import BLOCKSIZES
 from onegpu.formats import tiling
-from onegpu.kernels.gemm_codes_config import MAX_SHARED, PAIRED, TOKENS, Config, Shape, configure, shared_bytes, stages
+from onegpu.kernels.gemm_codes_config import (
+    MAX_SHARED,
+    PAIRED,
+    TOKENS,
+    TOKENS_OF_THREE,
+    Config,
+    Shape,
+    configure,
+    scales_sums,
+    shared_bytes,
+    stages,
+)
 from onegpu.kernels.tail import apply_tail
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -26,36 +37,47 @@ def tiled_args(weight: Weight4bit) -> tuple[Tensor, Tensor]:
     )
 
 
-# Tokens and programs of a processor.
-CUTS = [(tokens, blocks) for tokens in TOKENS for blocks in (1, 2) if blocks == 1 or tokens <= PAIRED]
+# Tokens, programs of a processor, and warpgroups that multiply.
+CUTS = [(tokens, blocks, 2) for tokens in TOKENS for blocks in (1, 2) if blocks == 1 or tokens <= PAIRED]
+CUTS += [(tokens, 1, 3) for tokens in TOKENS_OF_THREE]
 
 
-@pytest.mark.parametrize(("tokens", "blocks"), CUTS)
+@pytest.mark.parametrize(("tokens", "blocks", "warpgroups"), CUTS)
 @pytest.mark.parametrize(("bits", "groups"), [(4, 1), (4, 2), (8, 1)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_fits_shared_memory(tokens: int, blocks: int, bits: int, groups: int, gated: bool) -> None:
-    shape = Shape(tokens, bits, groups, gated, blocks)
+def test_fits_shared_memory(tokens: int, blocks: int, warpgroups: int, bits: int, groups: int, gated: bool) -> None:
+    if gated and warpgroups == 3:
+        pytest.skip("gates and what they multiply are two halves")
+    shape = Shape(tokens, bits, groups, gated, blocks, warpgroups=warpgroups)
     assert stages(shape) >= 3
     # Each program takes 1 KiB more for the system.
     assert blocks * (shared_bytes(shape) + 1024) <= MAX_SHARED + 1024
 
 
-def test_configurations_fit_the_shape() -> None:
-    for M in (33, 64, 100, 128, 192, 256, 512, 1000, 4096):
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("gated", [False, True])
+def test_configurations_fit_the_shape(bits: int, gated: bool) -> None:
+    for M in (1, 33, 64, 100, 128, 192, 256, 512, 1000, 4096):
         for N, K in ((4096, 4096), (28672, 4096), (4096, 14336), (16, 64), (17, 256)):
-            config = configure(M, N, K, 132)
-            assert config.tokens in TOKENS
+            config = configure(M, N, K, 132, bits=bits, gated=gated)
+            assert config.tokens < 2 * M or config.tokens == TOKENS[0]
             assert 1 <= config.splits <= max(1, K // 256)
-            assert (config.tokens, config.blocks) in CUTS
-    assert configure(64, 4096, 4096, 132).splits > 1, "32 programs alone would leave most processors without work"
+            assert (config.tokens, config.blocks, config.warpgroups) in CUTS
+            assert not gated or config.warpgroups == 2
+    assert configure(64, 4096, 4096, 132, bits=bits, gated=gated).splits > 1, "32 works leave most processors idle"
 
 
-# Table look-ups or shuffles of one tile, twice in the loop and once before it; products of a step and the next.
-DECODING = {4: ("IDP", 48), 8: ("SHFL", 48)}
+def test_three_warpgroups_where_they_fill_the_processors() -> None:
+    assert configure(512, 6144, 4096, 132) == Config(128, 1, 1, 3), "128 works for 132 processors, 96 of 256 tokens"
+    assert configure(2048, 28672, 4096, 132).tokens == 256, "many works: what is decoded serves most tokens"
+
+
+# Table look-ups or shuffles of one tile.
+DECODING = {4: ("IDP", 16), 8: ("SHFL", 16)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tokens", "blocks"), CUTS)
+@pytest.mark.parametrize(("tokens", "blocks", "warpgroups"), CUTS)
 @pytest.mark.parametrize(
     ("bits", "groups", "gated", "dtype"),
     [(4, 1, False, HALVES[0]), (4, 2, True, HALVES[1]), (8, 1, False, HALVES[0]), (8, 1, True, HALVES[0])],
@@ -63,6 +85,7 @@ DECODING = {4: ("IDP", 48), 8: ("SHFL", 48)}
 def test_compiles_without_spills(
     tokens: int,
     blocks: int,
+    warpgroups: int,
     bits: int,
     groups: int,
     gated: bool,
@@ -71,18 +94,28 @@ def test_compiles_without_spills(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gemm, nvrtc = pytest.importorskip("onegpu.kernels.gemm_codes"), pytest.importorskip("onegpu.kernels.nvrtc")
+    gated = gated and warpgroups == 2
     if nvrtc.why_not_nvrtc() is not None:
         pytest.skip(nvrtc.why_not_nvrtc())
     monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path))
-    made = gemm.source(gemm.Kind(tokens, bits, groups, dtype, gated, "silu" if gated else None, blocks))
+    kind = gemm.Kind(
+        tokens, bits, groups, dtype, gated, "silu" if gated else None, blocks, warpgroups=warpgroups
+    )  # fmt: skip
+    made = gemm.source(kind)
     code = nvrtc.compile_source(made, gemm.ARCHITECTURE)
     (kept,) = (tmp_path / "cuda").glob("gemm_codes-*.cubin")
     assert kept.read_bytes() == code
     assert nvrtc.compile_source(made, gemm.ARCHITECTURE) == code, "the second time from the cache folder"
     names = instructions(kept)
     assert not {"LDL", "STL"} & set(names)
-    for name, count in (DECODING[bits], ("HGMMA", 8)):
-        assert names.count(name) == count, name
+    # Twice in the loop and once before it, and where products are queued once more for a work's first tile.
+    queued = blocks == 1 and not scales_sums(kind.shape) and (bits == 4 or tokens <= 160 or warpgroups == 3)
+    name, each = DECODING[bits]
+    assert names.count(name) == (4 if queued else 3) * each
+    # ptxas waits for each product where it cannot follow which are on their way.
+    products = names.count("HGMMA")
+    assert products >= 8
+    assert names.count("WARPGROUP.DEPBAR") * 3 <= products
 
 
 @pytest.fixture
@@ -130,22 +163,22 @@ def test_product(gemm, N: int, K: int, nested: bool, dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "blocks"), CUTS)
+@pytest.mark.parametrize(("tokens", "blocks", "warpgroups"), CUTS)
 @pytest.mark.parametrize("splits", [1, 2, 3])
-def test_every_configuration_gives_the_same(gemm, tokens: int, blocks: int, splits: int) -> None:
+def test_every_configuration_gives_the_same(gemm, tokens: int, blocks: int, warpgroups: int, splits: int) -> None:
     """Each weight equals the dequantized one, so only the order of float32 sums is left."""
     weight = weight_4bit(208, 1024)
     x = normal(300, 1024, dtype=torch.bfloat16)
-    y = run(gemm, weight, x, config=Config(tokens, splits, blocks))
+    y = run(gemm, weight, x, config=Config(tokens, splits, blocks, warpgroups))
     exact = exact_product(x, weight.dense(torch.bfloat16), None)
     error = (y.double() - exact).abs().max() / exact.abs().max()
     assert error < 2**-8
-    again = run(gemm, weight, x, config=Config(tokens, splits, blocks))
+    again = run(gemm, weight, x, config=Config(tokens, splits, blocks, warpgroups))
     assert torch.equal(y, again)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config(32, 1), Config(32, 3), Config(64, 4, 2), Config(32, 5)])
+@pytest.mark.parametrize("config", [Config(32, 1), Config(32, 3), Config(64, 4, 2), Config(32, 5), Config(96, 3, 1, 3)])
 def test_more_works_than_programs(gemm, config: Config) -> None:
     """Whole works first, then cut ones by the same programs."""
     weight = weight_4bit(400, 512)

@@ -17,8 +17,9 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("tokens", INT8_TOKENS)
-def test_fits_shared_memory(tokens: int) -> None:
-    shape = Shape(tokens, 8, x_bits=8)
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_fits_shared_memory(tokens: int, warpgroups: int) -> None:
+    shape = Shape(tokens, 8, x_bits=8, warpgroups=warpgroups)
     assert shape.columns == 128
     assert stages(shape) >= 4
     assert shared_bytes(shape) <= MAX_SHARED
@@ -27,33 +28,36 @@ def test_fits_shared_memory(tokens: int) -> None:
 def test_configurations() -> None:
     for M in (65, 257, 512, 1024, 4096):
         for N, K in ((4096, 4096), (28672, 4096), (16, 64)):
-            config = configure(M, N, K, 132, x_bits=8)
+            config = configure(M, N, K, 132, bits=8, x_bits=8)
             assert config.tokens in INT8_TOKENS
             assert config.splits == 1 or K >= 1024
-    assert configure(4096, 28672, 4096, 132, x_bits=8).tokens == 128, "many tokens share what is read of W"
-    assert configure(256, 4096, 4096, 132, x_bits=8).tokens == 64, "no processor may be idle"
-    assert configure(128, 4096, 14336, 132, x_bits=8) == Config(64, 2), "nor where rows of W are few and long"
+    assert configure(4096, 28672, 4096, 132, bits=8, x_bits=8).tokens == 128, "many tokens share what is read of W"
+    assert configure(256, 4096, 4096, 132, bits=8, x_bits=8).tokens == 64, "no processor may be idle"
+    assert configure(128, 4096, 14336, 132, bits=8, x_bits=8) == Config(64, 2), "nor where rows of W are few and long"
+    assert configure(512, 6144, 4096, 132, bits=8, x_bits=8) == Config(128, 1, 1, 3), "128 works for 132 processors"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", INT8_TOKENS)
+@pytest.mark.parametrize("warpgroups", [2, 3])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_products_keep_their_sums_in_registers(
-    tokens: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, warpgroups: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is spilled between the first int8 product and the last one."""
     gemm, nvrtc = pytest.importorskip("onegpu.kernels.gemm_codes"), pytest.importorskip("onegpu.kernels.nvrtc")
     if nvrtc.why_not_nvrtc() is not None:
         pytest.skip(nvrtc.why_not_nvrtc())
     monkeypatch.setenv("ONEGPU_CACHE", str(tmp_path))
-    kind = gemm.Kind(tokens, 8, 1, dtype, gated=False, activation=None, x_bits=8)
+    kind = gemm.Kind(tokens, 8, 1, dtype, gated=False, activation=None, x_bits=8, warpgroups=warpgroups)
     nvrtc.compile_source(gemm.source(kind), gemm.ARCHITECTURE)
     (kept,) = (tmp_path / "cuda").glob("gemm_codes-*.cubin")
     names = instructions(kept)
     places = [place for place, name in enumerate(names) if name == "IGMMA"]
     assert len(places) >= 4
     assert not {"LDL", "STL"} & set(names[places[0] : places[-1]])
-    assert names.count("HGMMA") == 4 * tokens // 32
+    assert names.count("HGMMA") == 4 * tokens // (32 if warpgroups == 2 else 16)
+    assert names.count("WARPGROUP.DEPBAR") <= len(places)
 
 
 @pytest.mark.parametrize("outliers", [0, 1, 5, 33, 64, 70, 250, 256, 300, 320])
@@ -136,7 +140,8 @@ def test_product(gemm, N: int, K: int, outliers: int | None, dtype: torch.dtype)
         exact = exact_result(x, cleared, stats, codes, row_stats, columns) + bias.double()
         whole = reference.int8_product(cleared, codes).float() * stats[:, None] * row_stats / 127**2
         plain = whole + (x[:, columns].float() @ codes[:, columns].float().T) * row_stats / 127 + bias.float()
-        for config in (None, *(Config(tokens) for tokens in INT8_TOKENS), Config(64, 2)):
+        cuts = [Config(tokens, 1, 1, warpgroups) for tokens in INT8_TOKENS for warpgroups in (2, 3)]
+        for config in (None, *cuts, Config(64, 2), Config(128, 2, 1, 3)):
             y = torch.full((M, N), float("nan"), dtype=dtype, device="cuda")
             given = None if outliers is None else listed
             given_codes = x_codes.clone()

@@ -23,7 +23,6 @@ from onegpu.formats.tiling import TILE_ROWS
 from onegpu.kernels import nvrtc
 from onegpu.kernels.asm_4bit import TABLE_SCALE
 from onegpu.kernels.gemm_codes_config import (
-    ROWS,
     Config,
     Shape,
     configure,
@@ -40,7 +39,7 @@ __all__ = ["gemm_4bit", "gemm_8bit", "source", "why_not_8bit", "why_not_gemm"]
 # Warpgroup products are in no other architecture, newer ones included.
 CAPABILITY: Final = (9, 0)
 ARCHITECTURE: Final = "sm_90a"
-THREADS: Final = 384
+WARPGROUP: Final = 128
 CODEBOOKS: Final = {"nf4": NF4_CODE, "fp4": FP4_CODE}
 # Below 2**15, so that the codebook times it is nearest to whole numbers: 7e-6 of NF4's root mean square; FP4 is exact.
 WHOLE_SCALE: Final = {"nf4": 25545.0, "fp4": 20160.0}
@@ -132,6 +131,7 @@ class Kind:
         groups: scales of a row in 64 columns, 2 for blocks of 32.
         blocks: programs of a processor at a time.
         x_bits: of x: 16, or 8 where it is codes as well.
+        warpgroups: that multiply, 64 rows of W each: 2, or 3 where nothing is gated and x is in 16 bit.
     """
 
     tokens: int
@@ -142,22 +142,27 @@ class Kind:
     activation: str | None
     blocks: int = 1
     x_bits: int = 16
+    warpgroups: int = 2
 
     @property
     def shape(self) -> Shape:
         """What decides how much shared memory it takes."""
-        return Shape(self.tokens, self.bits, self.groups, self.gated, self.blocks, self.x_bits)
+        return Shape(
+            self.tokens, self.bits, self.groups, self.gated, self.blocks, self.x_bits, self.warpgroups
+        )  # fmt: skip
 
 
 def source(kind: Kind) -> nvrtc.Source:
     """The source for a kind of product."""
     is_bfloat = kind.dtype == torch.bfloat16
-    wide = kind.tokens if kind.x_bits == 16 else 32
+    wide = kind.tokens if kind.x_bits == 16 else 32 if kind.warpgroups == 2 else 16
     macros: nvrtc.Macros = (
         ("BITS", kind.bits),
         ("X_BITS", kind.x_bits),
         ("CAPACITY", CAPACITY),
         ("TOKENS", kind.tokens),
+        ("WIDE", wide),
+        ("CONSUMERS", kind.warpgroups),
         ("STAGES", stages(kind.shape)),
         ("BLOCKS", kind.blocks),
         ("GROUPS", kind.groups),
@@ -198,7 +203,7 @@ def product_of_codes(tokens: int) -> str:
 def kernel(kind: Kind, device: torch.device) -> nvrtc.Function:
     """The compiled kernel on a device."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return nvrtc.load(source(kind), ARCHITECTURE, THREADS, shared_bytes(kind.shape), index)
+    return nvrtc.load(source(kind), ARCHITECTURE, WARPGROUP * (kind.warpgroups + 1), shared_bytes(kind.shape), index)
 
 
 @functools.cache
@@ -288,8 +293,10 @@ def gemm_4bit(
     """
     N, K = 2 * y.shape[1] if gated else y.shape[1], rows.shape[1]
     groups = 2 if blocksize == 32 else 1
-    config = configure(rows.shape[0], N, K, processors(rows.device)) if config is None else config
-    kind = Kind(config.tokens, 4, groups, rows.dtype, gated, activation, config.blocks)
+    config = config or configure(rows.shape[0], N, K, processors(rows.device), gated=gated)
+    kind = Kind(
+        config.tokens, 4, groups, rows.dtype, gated, activation, config.blocks, warpgroups=config.warpgroups
+    )  # fmt: skip
     if nested is not None:
         absmax = expand_scales(absmax, nested, N, K // blocksize)
         # Weights are read before the kernel in front has ended, and that one writes the scales.
@@ -323,8 +330,8 @@ def gemm_8bit(
         DeviceError: as `gemm_4bit`.
     """
     N, K = codes.shape
-    config = configure(rows.shape[0], N, K, processors(rows.device)) if config is None else config
-    kind = Kind(config.tokens, 8, 1, rows.dtype, gated, activation, config.blocks)
+    config = config or configure(rows.shape[0], N, K, processors(rows.device), bits=8, gated=gated)
+    kind = Kind(config.tokens, 8, 1, rows.dtype, gated, activation, config.blocks, warpgroups=config.warpgroups)
     maps = (map_codes(codes, copied_rows(kind)), map_nothing())
     multiply(y, rows, maps, Codebook(), bias, residual, kind, config.splits, overlap=overlap, row_stats=row_stats)
 
@@ -359,11 +366,12 @@ def multiply(
     steps = -(-K // columns)
     tiles_each = -(-steps // splits)
     splits = -(-steps // tiles_each)
-    works, room = -(-N // ROWS) * -(-M // kind.tokens), kind.blocks * processors(device)
+    works, room = -(-N // kind.shape.rows) * -(-M // kind.tokens), kind.blocks * processors(device)
     whole = works if splits == 1 else works // room * room
     cut = works - whole
     counters = tickets(cut, device) if cut else None
-    parts = torch.empty(cut * splits * kind.tokens * ROWS, dtype=torch.float32, device=device) if cut else None
+    size = cut * splits * kind.tokens * kind.shape.rows
+    parts = torch.empty(size, dtype=torch.float32, device=device) if cut else None
     strides = [tensor.stride(0) * width for tensor in (y, residual) if tensor is not None]
     starts = [tensor.data_ptr() for tensor in (y, residual) if tensor is not None]
     problem = Problem(
@@ -418,7 +426,7 @@ def map_rows(rows: Tensor, tokens: int) -> Any:
 
 def copied_rows(kind: Kind) -> int:
     """Rows of W that are copied at a time: all of a work's, unless half of them lie apart."""
-    return ROWS // 2 if kind.gated else ROWS
+    return kind.shape.rows // 2 if kind.gated else kind.shape.rows
 
 
 def map_codes(codes: Tensor, rows: int, columns: int = 64) -> Any:

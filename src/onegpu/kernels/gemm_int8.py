@@ -25,7 +25,7 @@ from onegpu.kernels.gemm_codes import (
     why_not_8bit,
     why_not_gemm,
 )
-from onegpu.kernels.gemm_codes_config import ROWS, Config, configure
+from onegpu.kernels.gemm_codes_config import Config, configure
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of, processors
 from onegpu.kernels.overlap import overlaps
 
@@ -148,15 +148,18 @@ def gemm_int8(
         DeviceError: the kernel does not compile or the driver refuses it.
     """
     (M, K), N = x.shape, codes.shape[0]
-    config = configure(M, N, K, processors(x.device), x_bits=8) if config is None else config
-    kind = Kind(config.tokens, 8, 1, x.dtype, gated=False, activation=None, blocks=config.blocks, x_bits=8)
+    config = config or configure(M, N, K, processors(x.device), bits=8, x_bits=8)
+    kind = Kind(
+        config.tokens, 8, 1, x.dtype, gated=False, activation=None, x_bits=8, warpgroups=config.warpgroups
+    )  # fmt: skip
     if outliers is None:
         left_out, more = LeftOut(x, x_stats, codes), map_nothing()
     else:
         columns, count = outliers
         outlier_x, outlier_codes = gather_columns(x, x_codes, codes, columns, count)
-        left_out, more = LeftOut(x, x_stats, codes, count, columns, outlier_x), map_codes(outlier_codes, ROWS)
-    maps = (map_codes(codes, ROWS, kind.shape.columns), more)
+        left_out = LeftOut(x, x_stats, codes, count, columns, outlier_x)
+        more = map_codes(outlier_codes, kind.shape.rows)
+    maps = (map_codes(codes, kind.shape.rows, kind.shape.columns), more)
     multiply(
         y, x_codes, maps, Codebook(), bias, None, kind, config.splits,
         overlap=True, row_stats=row_stats, left_out=left_out,

@@ -6,6 +6,7 @@
 //   X_BITS     16, or 8 with BITS 8: x is codes too, but for some columns
 //   CAPACITY   of those columns, how many are at hand in 16 bit
 //   TOKENS     rows of x of one work: 32, 64, 96, ... 256
+//   CONSUMERS  warpgroups that multiply, 64 rows of W each: 2, or 3 where nothing is gated
 //   STAGES     tiles of x and W on their way
 //   BLOCKS     programs of a processor at a time: 2 hide each other's waits, 1 has room for more stages
 //   GROUPS     scales of a row in 64 columns: 2 for blocks of 32, else 1
@@ -13,13 +14,13 @@
 //   GATED      the first half of W's rows gates the second
 //   ACTIVATION 0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu
 //   BFLOAT     1 for bfloat16, 0 for float16
-//   PRODUCT    the PTX of one wgmma of 16-bit floats, SUMS its sums as operands: of TOKENS, or of 32 if X_BITS is 8
+//   PRODUCT    the PTX of one wgmma of 16-bit floats of WIDE tokens, SUMS its sums as operands: TOKENS, fewer where X_BITS is 8
 //   X_PRODUCT  the same of int8 on both sides, of TOKENS, X_SUMS
 //
-// A work is 128 rows of W and TOKENS rows of x. Programs take works in turn; those that would leave processors idle in the
-// end are cut along K, and the program that ends last adds up their parts. Rows of W are the left operand, which wgmma
-// takes from registers. One warp copies W and one copies x; two warpgroups decode and multiply 64 rows each, the next
-// tile's bytes decoded while the tensor cores work on this one's.
+// A work is 128 or 192 rows of W and TOKENS rows of x. Programs take works in turn; those that would leave processors
+// idle in the end are cut along K, and the program that ends last adds up their parts. Rows of W are the left operand,
+// which wgmma takes from registers. One warp copies W and one copies x; two or three warpgroups decode and multiply 64
+// rows each, the next tile's bytes decoded while the tensor cores work on this one's.
 // A byte is looked up as a pair in shared memory, in 32 copies so that no two lanes meet in a bank:
 //
 //   SCALE_SUMS 1   two 16-bit values, which are operands as they are: the codebook times a constant, as gemv_4bit has it
@@ -38,14 +39,17 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define WARPGROUP 128
-#define CONSUMERS 2
 #define THREADS (WARPGROUP * (CONSUMERS + 1))
 #define ROWS 64
 // Registers of a copying and of a multiplying thread.
-#define FEW (BLOCKS == 2 ? 32 : 40)
-#define MANY (BLOCKS == 2 ? 104 : 232)
+#define FEW (BLOCKS == 2 || CONSUMERS == 3 ? 32 : 40)
+#define MANY (BLOCKS == 2 ? 104 : CONSUMERS == 3 ? 160 : 232)
 // Where registers are few, a tile is decoded only after the one before it was multiplied: other warpgroups work then.
 #define DECODE_AHEAD (BLOCKS == 1 || TOKENS <= 32)
+// A tile's products are asked for before those of the tile in front are waited for, and the next tile is decoded
+// between them: a warp that asks for a product whose left operand is in registers waits until the tensor cores take it.
+// Not where scales multiply sums, which takes registers for the products of two tiles and was slower.
+#define QUEUED (X_BITS == 16 && BLOCKS == 1 && !SCALE_SUMS && (BITS == 4 || TOKENS <= 160 || CONSUMERS == 3))
 // Token blocks that are worked on at a time: their x stays in L2 while W passes by.
 #define TOKEN_BLOCKS (1024 / TOKENS)
 // Columns of y that a program writes.
@@ -217,42 +221,49 @@ struct Lane {
 struct Operand {
     u32 left[16];
     float scale[2];
+};
 
-    __device__ __forceinline__ void decode(u32 codes, u32 scales, const Lane &lane, float inverse) {
-        u32 word[4];
+// The same before it is decoded.
+struct Codes {
+    u32 word[4];
+    float factor[GROUPS][2], offset[GROUPS][2];
+
+    __device__ __forceinline__ void load(u32 codes, u32 scales, const Lane &lane, float inverse, Operand &to) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "r"(codes + lane.codes));
 #pragma unroll
-        for (int a = 0; a < 2; ++a) {
-            if (a < GROUPS)
-                asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                             : "=f"(scale[0]), "=f"(scale[1]) : "r"(scales + lane.scales + a * 64));
+        for (int a = 0; a < GROUPS; ++a) {
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                         : "=f"(to.scale[0]), "=f"(to.scale[1]) : "r"(scales + lane.scales + a * 64));
 #if !SCALE_SUMS
-            float factor[2], offset[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 // To 15 bits, so that OFFSET times it is exact, and zero stays zero.
-                factor[r] = __uint_as_float((__float_as_uint(scale[r] * inverse) + 0x100u) & 0xfffffe00u);
-                offset[r] = -OFFSET * factor[r];
+                factor[a][r] = __uint_as_float((__float_as_uint(to.scale[r] * inverse) + 0x100u) & 0xfffffe00u);
+                offset[a][r] = -OFFSET * factor[a][r];
             }
 #endif
+        }
+    }
+
+    // The left operand of one wgmma: 16 columns.
+    __device__ __forceinline__ void decode(int step, const Lane &lane, Operand &to) const {
+        const int a = step / 2, group = a < GROUPS ? a : 0;
 #pragma unroll
-            for (int t = 0; t < 4; ++t)
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    u32 address, both;
-                    asm("dp4a.u32.u32 %0, %1, %2, %3;"
-                        : "=r"(address) : "r"(word[t]), "r"(0x80u << (16 * a + 8 * r)), "r"(lane.table));
-                    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(address));
+        for (int i = 0; i < 4; ++i) {
+            int t = step % 2 * 2 + i / 2, r = i % 2;
+            u32 address, both;
+            asm("dp4a.u32.u32 %0, %1, %2, %3;"
+                : "=r"(address) : "r"(word[t]), "r"(0x80u << (16 * a + 8 * r)), "r"(lane.table));
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(address));
 #if SCALE_SUMS
-                    left[8 * a + 2 * t + r] = both;
+            to.left[4 * step + i] = both;
 #else
-                    float even = __uint_as_float(__byte_perm(both, 0x4b000000u, 0x7610));
-                    float odd = __uint_as_float(__byte_perm(both, 0x4b000000u, 0x7632));
-                    left[8 * a + 2 * t + r] =
-                        pack(__fmaf_rn(even, factor[r], offset[r]), __fmaf_rn(odd, factor[r], offset[r]));
+            float even = __uint_as_float(__byte_perm(both, 0x4b000000u, 0x7610));
+            float odd = __uint_as_float(__byte_perm(both, 0x4b000000u, 0x7632));
+            to.left[4 * step + i] = pack(__fmaf_rn(even, factor[group][r], offset[group][r]),
+                                         __fmaf_rn(odd, factor[group][r], offset[group][r]));
 #endif
-                }
         }
     }
 };
@@ -287,25 +298,29 @@ __device__ __forceinline__ u32 widen(u32 halves) {
 
 struct Operand {
     u32 left[16];
+};
 
-    __device__ __forceinline__ void decode(u32 codes, u32, const Lane &lane, float) {
+struct Codes {
+    u32 word[8];
+
+    __device__ __forceinline__ void load(u32 codes, u32, const Lane &lane, float, Operand &) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 word[4];
+        for (int half = 0; half < 2; ++half)
             // The other two sixteens of the 64 columns: the swizzle's upper bit the other way.
             asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                         : "r"((codes + lane.codes) ^ (half << 5)));
+                         : "=r"(word[4 * half]), "=r"(word[4 * half + 1]), "=r"(word[4 * half + 2]),
+                           "=r"(word[4 * half + 3]) : "r"((codes + lane.codes) ^ (half << 5)));
+    }
+
+    __device__ __forceinline__ void decode(int step, const Lane &lane, Operand &to) const {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                // Rows g and g + 8 of the first sixteen, then of the second.
-                int step = 2 * half + i / 2, r = i % 2;
-                u32 whole = word[i] ^ 0x80808080u;
+        for (int r = 0; r < 2; ++r) {
+            // Rows g and g + 8.
+            u32 whole = word[2 * step + r] ^ 0x80808080u;
 #pragma unroll
-                for (int u = 0; u < 2; ++u) {
-                    u32 four = __shfl_sync(0xffffffffu, whole, lane.from[u]);
-                    left[4 * step + 2 * u + r] = widen(__byte_perm(four, 0, lane.bytes));
-                }
+            for (int u = 0; u < 2; ++u) {
+                u32 four = __shfl_sync(0xffffffffu, whole, lane.from[u]);
+                to.left[4 * step + 2 * u + r] = widen(__byte_perm(four, 0, lane.bytes));
             }
         }
     }
@@ -313,8 +328,7 @@ struct Operand {
 #endif
 
 // sums (keep ? += : =) left @ x.T over 16 columns.
-__device__ __forceinline__ void multiply(float (&sum)[X_BITS == 8 ? 16 : TOKENS / 2], const u32 *left, u64 right,
-                                         int keep) {
+__device__ __forceinline__ void multiply(float (&sum)[WIDE / 2], const u32 *left, u64 right, int keep) {
     asm volatile(PRODUCT : SUMS : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(keep));
 }
 
@@ -581,7 +595,8 @@ __device__ __forceinline__ void finish(const Problem &p, const Map *y, const Pla
 
 // Leaves the sums of a part of K to the program that ends last, and there adds up all parts in their order: whether so.
 __device__ __forceinline__ bool collect(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], u32 last) {
-    const int threads = CONSUMERS * WARPGROUP, quads = TOKENS / 8, together = BLOCKS == 2 ? 4 : TOKENS > 224 ? 8 : 16;
+    const int threads = CONSUMERS * WARPGROUP, quads = TOKENS / 8;
+    const int together = BLOCKS == 2 ? 4 : TOKENS > 224 || CONSUMERS == 3 ? 8 : 16;
     int thread = threadIdx.x - WARPGROUP, ended;
     float4 *parts = p.parts + (long long)at.cut * p.splits * quads * threads + thread;
     float4 *mine = parts + at.split * quads * threads;
@@ -626,25 +641,91 @@ struct Multiplier {
     Lane lane;
     float inverse;
     int stage, parity;
+    u32 used; // the stage of a tile whose products were asked for and not yet taken
 
     __device__ __forceinline__ void advance() {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 
-    __device__ __forceinline__ void decode(Operand &operand) {
+    // The codes of the next tile, once they have arrived.
+    __device__ __forceinline__ void load(Codes &next, Operand &to) {
         wait_barrier(shared.full + stage * 8, parity);
-        operand.decode(shared.codes + stage * CODE_BYTES, shared.scales + stage * SCALE_BYTES, lane, inverse);
+        next.load(shared.codes + stage * CODE_BYTES, shared.scales + stage * SCALE_BYTES, lane, inverse, to);
+    }
+
+    __device__ __forceinline__ void decode(Operand &operand) {
+        Codes codes;
+        load(codes, operand);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) codes.decode(j, lane, operand);
     }
 
 #if X_BITS == 16
-    // Products of one tile, the next one decoded meanwhile.
+    // Waits for the products of a tile, after which `behind` more were asked for, and gives back its stage.
+    template <int behind> __device__ __forceinline__ void take(const Operand &of, u32 done) {
+        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(behind) : "memory");
+        // The tensor cores read these up to here, which the compiler does not see.
+#pragma unroll
+        for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(of.left[i]));
+        if (threadIdx.x % 32 == 0) arrive(done);
+    }
+
+#if QUEUED
+    // Asks for the products of one tile, takes those of the one in front and decodes the next one in its place. What is
+    // first and what has a next one are constants: the compiler has to see which products are on their way.
+    template <bool is_first, bool has_next>
+    __device__ __forceinline__ void step(float (&sum)[TOKENS / 2], const Operand &now, Operand &other) {
+        u64 right = describe(shared.x + stage * X_BYTES);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        multiply(sum, now.left, right, 1);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (!is_first) take<1>(other, used);
+        used = shared.empty + stage * 8;
+        advance();
+        Codes next;
+        if (has_next) load(next, other);
+#pragma unroll
+        for (int j = 1; j < 4; ++j) {
+            multiply(sum, now.left + 4 * j, right + 2 * j, 1);
+            if (has_next && j == 1) next.decode(0, lane, other);
+            if (has_next) next.decode(j, lane, other);
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    }
+
+    // Sums of all tiles of a work.
+    __device__ __forceinline__ void multiply_tiles(float (&sum)[TOKENS / 2], int tiles) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
+        Operand one, two;
+        decode(one);
+        if (tiles == 1) {
+            step<true, false>(sum, one, two);
+            return take<0>(one, used);
+        }
+        step<true, true>(sum, one, two);
+        for (int k = 2;; k += 2) {
+            if (k == tiles) {
+                step<false, false>(sum, two, one);
+                return take<0>(two, used);
+            }
+            step<false, true>(sum, two, one);
+            if (k + 1 == tiles) {
+                step<false, false>(sum, one, two);
+                return take<0>(one, used);
+            }
+            step<false, true>(sum, one, two);
+        }
+    }
+#else
+    // Products of one tile, the next one decoded meanwhile, or, where that takes registers that are not there, after it.
     __device__ __forceinline__ void step(float (&sum)[TOKENS / 2], Operand &now, Operand &next, bool is_first,
                                          bool has_next) {
 #if SCALE_SUMS
         float product[TOKENS / 2];
 #endif
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
         u64 right = describe(shared.x + stage * X_BYTES);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #if SCALE_SUMS
@@ -656,18 +737,28 @@ struct Multiplier {
         u32 done = shared.empty + stage * 8;
         advance();
         if (DECODE_AHEAD && has_next) decode(next);
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        // The tensor cores read these up to here, which the compiler does not see.
-#pragma unroll
-        for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(now.left[i]));
-        if (threadIdx.x % 32 == 0) arrive(done);
+        take<0>(now, done);
 #if SCALE_SUMS
 #pragma unroll
-        for (int i = 0; i < TOKENS / 2; ++i)
-            sum[i] = __fmaf_rn(product[i], now.scale[i / 2 % 2], sum[i]);
+        for (int i = 0; i < TOKENS / 2; ++i) sum[i] = __fmaf_rn(product[i], now.scale[i / 2 % 2], sum[i]);
 #endif
         if (!DECODE_AHEAD && has_next) decode(now);
     }
+
+    // Sums of all tiles of a work.
+    __device__ __forceinline__ void multiply_tiles(float (&sum)[TOKENS / 2], int tiles) {
+#if SCALE_SUMS
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
+#endif
+        Operand one, two;
+        decode(one);
+        for (int k = 0; k < tiles; k += 2) {
+            step(sum, one, two, k == 0, k + 1 < tiles);
+            if (k + 1 < tiles) step(sum, DECODE_AHEAD ? two : one, one, false, k + 2 < tiles);
+        }
+    }
+#endif
 #endif
 };
 
@@ -677,10 +768,10 @@ __device__ __forceinline__ void multiply(int (&sum)[TOKENS / 2], u64 left, u64 r
     asm volatile(X_PRODUCT : X_SUMS : "l"(left), "l"(right), "r"(keep));
 }
 
-__device__ __forceinline__ float load_x(const Problem &p, int token, int column) {
-    if (token >= p.M) return 0.f;
+__device__ __forceinline__ float load_x(const char *from, bool is_row) {
+    if (!is_row) return 0.f;
     float low, high;
-    unpack(((const unsigned short *)(p.x + token * p.x_stride))[column], low, high);
+    unpack(*(const unsigned short *)from, low, high);
     return low;
 }
 
@@ -718,19 +809,22 @@ __device__ __forceinline__ void multiply_codes(const Problem &p, const Place &at
     int columns = outliers(p);
     for (int t = outlier_tiles(columns, at); t > 0; --t) {
         wait_barrier(m.shared.full + m.stage * 8, m.parity);
+        Codes raw;
         Operand codes;
-        codes.decode(outlier_codes + m.stage * CODE_BYTES, 0, m.lane, 0.f);
-        u64 right = describe(m.shared.x + m.stage * X_BYTES);
-        // 32 tokens at a time: sums and int8 products, both in a row of registers, would not lie in the same ones.
+        raw.load(outlier_codes + m.stage * CODE_BYTES, 0, m.lane, 0.f, codes);
 #pragma unroll
-        for (int first = 0; first < TOKENS; first += 32) {
-            float part[16];
+        for (int j = 0; j < 4; ++j) raw.decode(j, m.lane, codes);
+        u64 right = describe(m.shared.x + m.stage * X_BYTES);
+        // WIDE tokens at a time: sums and int8 products, both in a row of registers, would not lie in the same ones.
+#pragma unroll
+        for (int first = 0; first < TOKENS; first += WIDE) {
+            float part[WIDE / 2];
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (int j = 0; j < 4; ++j) multiply(part, codes.left + 4 * j, right + first * 8 + 2 * j, j > 0);
             asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < 16; ++i) sum[first / 2 + i] += part[i] * (1.f / UNIT);
+            for (int i = 0; i < WIDE / 2; ++i) sum[first / 2 + i] += part[i] * (1.f / UNIT);
         }
 #pragma unroll
         for (int i = 0; i < 16; ++i) asm volatile("" ::"r"(codes.left[i]));
@@ -745,11 +839,14 @@ __device__ __forceinline__ void multiply_codes(const Problem &p, const Place &at
 #pragma unroll
         for (int r = 0; r < 2; ++r)
             code[r] = row + 8 * r < p.N ? (float)p.codes[(row + 8 * r) * p.code_stride + column] : 0.f;
+        const char *from = p.x + first * p.x_stride + 2 * column;
+        // Found anew for each column: so many addresses would not stay in registers.
+        asm volatile("" : "+l"(from));
 #pragma unroll
-        for (int i = 0; i < TOKENS / 8; ++i)
+        for (int i = 0; i < TOKENS / 8; ++i, from += 8 * p.x_stride)
 #pragma unroll
             for (int b = 0; b < 2; ++b) {
-                float value = load_x(p, first + 8 * i + b, column);
+                float value = load_x(from + b * p.x_stride, first + 8 * i + b < p.M);
                 sum[4 * i + b] = __fmaf_rn(value, code[0], sum[4 * i + b]);
                 sum[4 * i + 2 + b] = __fmaf_rn(value, code[1], sum[4 * i + 2 + b]);
             }
@@ -834,32 +931,27 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
 #if BITS == 4
     // The 32 copies of an entry, lanes side by side in other banks.
     int byte = threadIdx.x - WARPGROUP;
-    u32 both = entry(codebook, byte);
+    if (byte < 256) {
+        u32 both = entry(codebook, byte);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) *(uint4 *)(table + byte * 128 + (byte + i & 7) * 16) = make_uint4(both, both, both, both);
+        for (int i = 0; i < 8; ++i)
+            *(uint4 *)(table + byte * 128 + (byte + i & 7) * 16) = make_uint4(both, both, both, both);
+    }
     sync_threads(1, CONSUMERS * WARPGROUP);
 #endif
     wait_for_kernel_in_front();
     Shared mine = shared;
-    mine.codes += consumer * (CODE_BYTES / 2), mine.scales += consumer * (SCALE_BYTES / 2);
-    Multiplier multiplier{mine, Lane(shared_address(table), threadIdx.x / 32 % 4, threadIdx.x % 32), codebook.inverse, 0, 0};
+    mine.codes += consumer * (CODE_BYTES / CONSUMERS), mine.scales += consumer * (SCALE_BYTES / CONSUMERS);
+    Lane lane(shared_address(table), threadIdx.x / 32 % 4, threadIdx.x % 32);
+    Multiplier multiplier{mine, lane, codebook.inverse, 0, 0, 0};
     int side_parity = 0;
     for (int work = blockIdx.x; work < works; work += gridDim.x, side_parity ^= 1) {
         Place at(p, work, token_blocks);
         float sum[TOKENS / 2];
 #if X_BITS == 8
-        multiply_codes(p, at, multiplier, shared.codes + consumer * (OUTLIER_BYTES / 2), side_parity, sum);
+        multiply_codes(p, at, multiplier, shared.codes + consumer * (OUTLIER_BYTES / CONSUMERS), side_parity, sum);
 #else
-#if SCALE_SUMS
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
-#endif
-        Operand one, two;
-        multiplier.decode(one);
-        for (int k = 0; k < at.tiles; k += 2) {
-            multiplier.step(sum, one, two, k == 0, k + 1 < at.tiles);
-            if (k + 1 < at.tiles) multiplier.step(sum, DECODE_AHEAD ? two : one, one, false, k + 2 < at.tiles);
-        }
+        multiplier.multiply_tiles(sum, at.tiles);
 #if SCALE_SUMS
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) sum[i] *= codebook.inverse;
