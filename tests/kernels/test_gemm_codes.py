@@ -72,8 +72,8 @@ def test_three_warpgroups_where_they_fill_the_processors() -> None:
     assert configure(2048, 28672, 4096, 132).tokens == 256, "many works: what is decoded serves most tokens"
 
 
-# Table look-ups or shuffles of one tile.
-DECODING = {4: ("IDP", 16), 8: ("SHFL", 16)}
+# Table look-ups, or pairs that are widened, of one tile.
+DECODING = {4: ("IDP", 16), 8: ("HFMA2", 16)}
 
 
 @pytest.mark.slow

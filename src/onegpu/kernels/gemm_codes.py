@@ -46,6 +46,8 @@ WHOLE_SCALE: Final = {"nf4": 25545.0, "fp4": 20160.0}
 ACTIVATIONS: Final = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 BIAS_KINDS: Final = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 KINDS: Final = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.int8: "UINT8"}
+# From so many tokens on it is quicker to wait for parts of K than that all are written and the last one adds them up.
+WAITED_TOKENS: Final = 96
 # Columns that codes of x leave out and that are multiplied as a tile; any more are multiplied one by one.
 CAPACITY: Final = 256
 
@@ -64,7 +66,7 @@ class Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x_stats", "outlier_count", "outlier_columns", "x", "codes")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride", "x_stride", "code_stride")),
         *((name, ctypes.c_int) for name in ("M", "N", "K", "scale_shift", "whole", "splits", "tiles_each")),
-        *((name, ctypes.c_int) for name in ("bias_kind", "vectors", "early")),
+        *((name, ctypes.c_int) for name in ("in_order", "bias_kind", "vectors", "early")),
     )
 
 
@@ -391,6 +393,7 @@ def multiply(
         whole=whole,
         splits=splits,
         tiles_each=tiles_each,
+        in_order=int(cut * splits <= room and kind.tokens >= WAITED_TOKENS),
         bias_kind=BIAS_KINDS[None if bias is None else bias.dtype],
         vectors=int(all(value % 16 == 0 for value in (*strides, *starts))),
         early=int(overlap),

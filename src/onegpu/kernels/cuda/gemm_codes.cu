@@ -102,6 +102,7 @@ struct Problem {
     int scale_shift;        // log2(tiles of one scale)
     int whole;              // works that are not cut; the others are, into
     int splits, tiles_each; // parts of so many tiles
+    int in_order;           // all parts are worked on at a time
     int bias_kind;          // 0 none, 1 float32, 2 bfloat16, 3 float16
     int vectors;            // rows of y and residual lie on 16 bytes
     int early;              // W may be read before the kernel in front has ended, of which x may be a result
@@ -269,16 +270,13 @@ struct Codes {
 };
 #else
 struct Lane {
-    u32 codes, from[2], bytes;
+    u32 codes;
     __device__ __forceinline__ Lane(u32, int warp, int lane) {
-        // ldmatrix gives lane t of quad g columns 4 t to 4 t + 3 of 16: of rows g and g + 8, of two sixteens at a time.
-        int row = warp * 16 + lane % 16, sixteen = lane / 16;
-        codes = row * 64 + ((sixteen ^ (row >> 1 & 3)) << 4);
-        // It wants pairs t and t + 4 of them: halves of what lanes t / 2 and 2 + t / 2 have.
-        from[0] = lane / 4 * 4 + lane % 4 / 2, from[1] = from[0] + 2;
-        bytes = lane % 2 ? 0x4342 : 0x4140;
+        // Row g of a quad, and pair t of the first eight columns; 16 bytes lie where TMA's 64-byte swizzle has them.
+        int row = warp * 16 + lane / 4;
+        codes = row * 64 + ((row >> 1 & 3) << 4) + lane % 4 * 2;
         // Kept, not computed again in every tile.
-        asm volatile("" : "+r"(codes), "+r"(from[0]), "+r"(from[1]), "+r"(bytes));
+        asm volatile("" : "+r"(codes));
     }
 };
 
@@ -301,27 +299,19 @@ struct Operand {
 };
 
 struct Codes {
-    u32 word[8];
+    u32 from;
 
-    __device__ __forceinline__ void load(u32 codes, u32, const Lane &lane, float, Operand &) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            // The other two sixteens of the 64 columns: the swizzle's upper bit the other way.
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(word[4 * half]), "=r"(word[4 * half + 1]), "=r"(word[4 * half + 2]),
-                           "=r"(word[4 * half + 3]) : "r"((codes + lane.codes) ^ (half << 5)));
-    }
+    __device__ __forceinline__ void load(u32 codes, u32, const Lane &lane, float, Operand &) { from = codes + lane.codes; }
 
-    __device__ __forceinline__ void decode(int step, const Lane &lane, Operand &to) const {
+    // Two codes at a time, as the tensor cores want them; no two quads meet in a bank.
+    __device__ __forceinline__ void decode(int step, const Lane &, Operand &to) const {
+        u32 sixteen = from ^ (step << 4);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            // Rows g and g + 8.
-            u32 whole = word[2 * step + r] ^ 0x80808080u;
-#pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                u32 four = __shfl_sync(0xffffffffu, whole, lane.from[u]);
-                to.left[4 * step + 2 * u + r] = widen(__byte_perm(four, 0, lane.bytes));
-            }
+        for (int i = 0; i < 4; ++i) {
+            // Rows g and g + 8 of the first eight columns, then of the others.
+            u32 pair;
+            asm volatile("ld.shared.u16 %0, [%1];" : "=r"(pair) : "r"(sixteen + i % 2 * 512 + i / 2 * 8));
+            to.left[4 * step + i] = widen(__byte_perm(pair, 0, 0x4140) ^ 0x00800080u);
         }
     }
 };
@@ -593,31 +583,48 @@ __device__ __forceinline__ void finish(const Problem &p, const Map *y, const Pla
     }
 }
 
-// Leaves the sums of a part of K to the program that ends last, and there adds up all parts in their order: whether so.
+// Leaves the sums of a part of K to one of the programs that have its parts, and there adds them up: whether so.
+//
+// Where all parts are worked on at a time, by programs in their order, the last part's program waits for the others: these
+// began before it, so it cannot wait in vain, and its own sums need not be written. Else the program that ends last adds
+// up all parts in their order, and none waits.
 __device__ __forceinline__ bool collect(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], u32 last) {
     const int threads = CONSUMERS * WARPGROUP, quads = TOKENS / 8;
     const int together = BLOCKS == 2 ? 4 : TOKENS > 224 || CONSUMERS == 3 ? 8 : 16;
     int thread = threadIdx.x - WARPGROUP, ended;
     float4 *parts = p.parts + (long long)at.cut * p.splits * quads * threads + thread;
     float4 *mine = parts + at.split * quads * threads;
+    int *ticket = p.tickets + at.cut, begin = 0, end = p.splits - 1;
+    if (!p.in_order || at.split != end)
 #pragma unroll
-    for (int i = 0; i < quads; ++i)
-        __stcg(mine + i * threads, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+        for (int i = 0; i < quads; ++i)
+            __stcg(mine + i * threads, make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
     sync_threads(1, threads);
-    if (thread == 0) {
-        // Releases what all threads wrote before the barrier, and acquires what the other programs released.
-        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(ended) : "l"(p.tickets + at.cut) : "memory");
-        if (ended == p.splits - 1) p.tickets[at.cut] = 0;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(last), "r"(ended) : "memory");
-    }
-    sync_threads(1, threads);
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(ended) : "r"(last) : "memory");
-    if (ended != p.splits - 1) return false;
-    // Of two parts the order does not matter, and this one's sums are at hand.
-    int begin = p.splits == 2 ? 1 - at.split : 0, end = p.splits == 2 ? begin + 1 : p.splits;
-    if (p.splits != 2)
+    if (p.in_order) {
+        // Releases what all threads wrote before the barrier, or acquires what the other programs released.
+        if (at.split != end) {
+            if (thread == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(ticket) : "memory");
+            return false;
+        }
+        if (thread == 0) {
+            do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(ticket) : "memory");
+            while (ended != end);
+            *ticket = 0;
+        }
+        sync_threads(1, threads);
+    } else {
+        if (thread == 0) {
+            asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(ended) : "l"(ticket) : "memory");
+            if (ended == end) *ticket = 0;
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(last), "r"(ended) : "memory");
+        }
+        sync_threads(1, threads);
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(ended) : "r"(last) : "memory");
+        if (ended != end) return false;
+        end = p.splits;
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) sum[i] = 0.f;
+    }
 #pragma unroll
     for (int first = 0; first < quads; first += together)
         for (int part = begin; part < end; ++part) {
