@@ -73,7 +73,7 @@ def test_slices_of_scratch_memory(
 ) -> None:
     monkeypatch.setattr(slices, "SCRATCH", 256 * K)
     M = 66 if K == 192 else 5
-    assert len(slices.row_slices(M, N, K, blocksize // math.gcd(K, blocksize))) > cuts
+    assert len(slices.row_slices(N, K, blocksize // math.gcd(K, blocksize))) > cuts
     weight = weight_4bit(N, K, blocksize=blocksize, nested=True)
     for bias in (None, normal(N, dtype=torch.float16), normal(N, seed=2)):
         check(matmul, device, weight, normal(M, K, dtype=torch.float16), bias)

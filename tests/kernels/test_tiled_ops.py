@@ -10,7 +10,7 @@ from kernels.cases import DTYPES, Weight4bit, assert_no_worse, exact_product, no
 from onegpu.config import BLOCKSIZES
 from onegpu.errors import ArgumentError, ConfigError
 from onegpu.formats import tiling
-from onegpu.kernels import linear_4bit
+from onegpu.kernels import linear_4bit, slices
 from onegpu.kernels.tail import apply_tail
 from onegpu.kernels.tiled_ops import linear_4bit_tiled
 
@@ -89,7 +89,9 @@ def test_dequantizing_tiles(
     N: int, K: int, nested: bool, dtype: torch.dtype, device: torch.device, launcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In slices of two row tiles, the last one ragged."""
-    monkeypatch.setattr(launcher, "SCRATCH", 32 * K)
+    monkeypatch.setattr(slices, "SCRATCH", 32 * K)
+    monkeypatch.setattr(slices, "WHOLE_ROWS", 32)
+    assert len(slices.row_slices(N, K)) == -(-N // 32)
     weight = weight_4bit(N, K, nested=nested)
     there = weight.to(device)
     x = normal(100, K, dtype=dtype)

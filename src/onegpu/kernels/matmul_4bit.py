@@ -258,9 +258,9 @@ def _dequantize_and_multiply(
     quant_type: str,
     blocksize: int,
 ) -> None:
-    (M, N), K = y.shape, rows.shape[1]
+    N, K = y.shape[1], rows.shape[1]
     # Slices begin on a block of the flat weight.
-    parts = row_slices(M, N, K, blocksize // math.gcd(K, blocksize))
+    parts = row_slices(N, K, blocksize // math.gcd(K, blocksize))
     scratch = torch.empty(parts[0].stop, K, dtype=rows.dtype, device=rows.device)
     for part in parts:
         weight = scratch[: part.stop - part.start]

@@ -26,13 +26,12 @@ from onegpu.kernels.gemv_4bit_config import MAX_ROWS
 from onegpu.kernels.gemv_16bit import on_16_bytes
 from onegpu.kernels.launch import NO_CONTRACTION, decode, nested_arguments, on_device_of
 from onegpu.kernels.prompt_ops import gated_activation
+from onegpu.kernels.slices import row_slices
 
 __all__ = ["linear_4bit_tiled"]
 
 # Reading 4-bit weights three times is quicker than once and writing them in 16 bit, where `gemm_4bit` does not run.
 SPLIT_ROWS = 96
-# Dequantized weights at a time: 64 MiB in 16 bit.
-SCRATCH = 2**25
 TILES = 8
 
 
@@ -174,17 +173,16 @@ def dequantize_and_multiply(
     K = rows.shape[1]
     y = torch.empty(rows.shape[0], N, dtype=rows.dtype, device=rows.device)
     scales = nested_arguments(absmax, *(nested or (None, None, None)))
-    row_tiles = triton.cdiv(N, TILE_ROWS)
-    step = min(row_tiles, max(1, SCRATCH // K // TILE_ROWS))
-    scratch = torch.empty(step * TILE_ROWS, K, dtype=rows.dtype, device=rows.device)
-    for first in range(0, row_tiles, step):
-        count = min(step, row_tiles - first)
+    parts = row_slices(N, K)
+    scratch = torch.empty(triton.cdiv(parts[0].stop, TILE_ROWS) * TILE_ROWS, K, dtype=rows.dtype, device=rows.device)
+    for part in parts:
+        count = triton.cdiv(part.stop - part.start, TILE_ROWS)
         with on_device_of(rows):
             dequantize_tiled_kernel[(triton.cdiv(count * (K // TILE_COLUMNS), TILES),)](
                 scratch,
                 tiled,
                 *scales,
-                first,
+                part.start // TILE_ROWS,
                 count,
                 N,
                 K,
@@ -196,7 +194,6 @@ def dequantize_and_multiply(
                 num_warps=4,
                 **NO_CONTRACTION,
             )
-        part = slice(first * TILE_ROWS, min((first + count) * TILE_ROWS, N))
         weight = scratch[: part.stop - part.start]
         if bias is None:
             torch.mm(rows, weight.t(), out=y[:, part])
