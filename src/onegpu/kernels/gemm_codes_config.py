@@ -66,16 +66,16 @@ CLOCKS: Final = {
     (4, 16, 1, 2, False): Clocks(4995, 367, 2.94, 4143, 10.2),
     (4, 16, 1, 3, True): Clocks(2164, 317, 5.02, 1500, 24.7),
     (4, 16, 1, 3, False): Clocks(3725, 191, 6.66, 0, 28.5),
-    (8, 16, 2, 2, True): Clocks(1314, 477, 4.67, 2643, 24.0),
-    (8, 16, 1, 2, True): Clocks(897, 361, 2.88, 2695, 15.6),
-    (8, 16, 1, 2, False): Clocks(6950, 431, 2.37, 2896, 11.3),
-    (8, 16, 1, 3, True): Clocks(3007, 443, 3.78, 514, 31.7),
-    (8, 16, 1, 3, False): Clocks(7856, 0, 6.70, 0, 21.0),
+    (8, 16, 2, 2, True): Clocks(5057, 513, 4.68, 2133, 14.8),
+    (8, 16, 1, 2, True): Clocks(2261, 368, 1.97, 4814, 15.1),
+    (8, 16, 1, 2, False): Clocks(9980, 243, 3.21, 0, 12.2),
+    (8, 16, 1, 3, True): Clocks(4383, 432, 3.56, 4325, 7.6),
+    (8, 16, 1, 3, False): Clocks(10172, 28, 6.33, 0, 21.2),
     (8, 8, 1, 2, True): Clocks(1292, 310, 2.90, 2119, 27.7),
     (8, 8, 1, 3, True): Clocks(2655, 367, 4.43, 0, 50.4),
     (8, 8, 1, 3, False): Clocks(2655, 367, 4.43, 0, 50.4),
 }
-SHARED_TILE: Final = 1.14
+SHARED_TILE: Final = {4: 1.14, 8: 1.29}
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def clocks(config: Config, M: int, N: int, tiles: int, processors: int, bits: in
     room = config.blocks * processors
     rounds, rest = divmod(ceil_div(M, config.tokens) * ceil_div(N, config.rows), room)
     tile = kind.tile + kind.tile_token * config.tokens
-    shared = tile * SHARED_TILE if config.blocks == 2 else tile
+    shared = tile * SHARED_TILE[bits] if config.blocks == 2 else tile
     total = rounds * (tiles * shared + kind.work)
     if rest:
         parts = rest * config.splits
