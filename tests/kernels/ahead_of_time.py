@@ -28,7 +28,7 @@ THOROUGH = ("75", "90", "gfx942")
 FLOATS = ("absmax_ptr", "nested_absmax_ptr", "nested_code_ptr", "nested_offset_ptr", "x_stats_ptr", "row_stats_ptr")
 BYTES = ("packed_ptr", "outlier_ptr")
 CODES = ("codes_ptr", "x_codes_ptr", "codes_out_ptr")
-INTS = ("columns_ptr", "count_ptr", "counters_ptr", "bits_ptr", "starts_ptr")
+INTS = ("columns_ptr", "count_ptr", "counters_ptr", "starts_ptr")
 LONGS = ("expert_ids_ptr", "order_ptr")
 
 
@@ -65,7 +65,7 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool, over
     ]:
         # Marks are the operator's, which lets nothing begin before it has ended.
         lead = K != 28672 and outliers and overlaps
-        forms = {"OUTLIERS": outliers, "LIST": outliers and not lead, "MARK": K == 28672, "LEAD": lead, "num_stages": 1}
+        forms = {"OUTLIERS": outliers, "MARK": K == 28672, "LEAD": lead, "num_stages": 1}
         settings = {**forms, **quantize_rows.row_settings(K)}
         yield Case(f"quantize rows {K} {outliers}", quantize_rows.quantize_rows_kernel, settings, sixteen_bit)
     clear = {"BLOCK_M": quantize_rows.CLEAR_ROWS, "BLOCK_O": quantize_rows.CLEAR_COLUMNS}
@@ -89,10 +89,9 @@ def cases(sixteen_bit: str, *, has_dot: bool, narrow: bool, thorough: bool, over
     if not has_dot:
         return
     if overlaps:
-        for K in (4096, 28672):
-            gather = {"CAPACITY": gemm_int8.CAPACITY, "OVERLAP": True, "launch_pdl": True}
-            gather |= gemm_int8.gather_settings(K)
-            yield Case(f"gather columns {K}", gemm_int8.gather_columns_kernel, gather, sixteen_bit)
+        gather = {"CAPACITY": gemm_int8.CAPACITY, "OVERLAP": True, "num_stages": 1, "launch_pdl": True}
+        gather |= {"BLOCK": gemm_int8.GATHER_ROWS, "TILE": gemm_int8.GATHER_COLUMNS}
+        yield Case("gather columns", gemm_int8.gather_columns_kernel, gather, sixteen_bit)
     for M, dtype in ((512, sixteen_bit), (512, "fp32"), (1, sixteen_bit), (64, "fp32"))[: 4 if thorough else 2]:
         settings = matmul_8bit._configure(M, narrow=narrow or dtype == "fp32")
         settings = {

@@ -98,18 +98,9 @@ def test_strided_and_empty(device: torch.device, quantize) -> None:
             assert_as_defined(quantize.quantize_8bit_rows(view.to(device), threshold), view, threshold)
 
 
-def columns_of_bits(bits: Tensor) -> list[int]:
-    """Of int32 words, the first column lowest."""
-    ones = (bits.cpu().long()[:, None] >> torch.arange(32)) & 1
-    return ones.flatten().nonzero()[:, 0].tolist()
-
-
 @pytest.mark.parametrize(("M", "K"), [(1, 1), (2, 31), (200, 64), (37, 1500), (150, 130), (3, 40000)])
 def test_list_of_columns(M: int, K: int, device: torch.device, quantize) -> None:
-    """Call after call, with fewer columns and with none; rows beyond the programs, words beyond a step of the list.
-
-    As bits they are the same, which stay until someone takes them.
-    """
+    """Call after call, with fewer columns and with none; rows beyond the programs, words beyond a step of the list."""
     for wanted in (K, -(-K // 3), min(K, 1), 0):
         x = normal(M, K, seed=wanted).clamp(-5, 5)
         places = torch.randperm(K, generator=torch.Generator().manual_seed(wanted))[:wanted]
@@ -121,13 +112,6 @@ def test_list_of_columns(M: int, K: int, device: torch.device, quantize) -> None
         assert not codes.cpu()[x == -7.0].any()
         kept = ~expected.outlier_cols
         assert torch.equal(codes.cpu()[:, kept], expected.codes[:, kept])
-        marked_codes, marked_stats, marked = quantize.quantize_and_mark(x.to(device), 6.0)
-        bits = marked.clone()
-        marked.zero_()
-        assert torch.equal(marked_codes, codes)
-        assert torch.equal(marked_stats, row_stats)
-        assert bits.shape == (-(-K // 32),)
-        assert columns_of_bits(bits) == places.sort().values.tolist()
         quantize.clear_columns(codes, *listed)
         assert torch.equal(codes.cpu(), expected.codes)
         assert_counters_are_zero(device)
@@ -137,10 +121,6 @@ def test_no_threshold_no_list(device: torch.device, quantize) -> None:
     x = normal(3, 70)
     codes, row_stats, listed = quantize.quantize_and_list(x.to(device), 0.0)
     assert listed is None
-    assert quantize.quantize_and_mark(x.to(device), 0.0)[2] is None
-    for empty in (x[:0], x[:, :0]):
-        assert quantize.quantize_and_list(empty.to(device), 6.0)[2] is None
-        assert quantize.quantize_and_mark(empty.to(device), 6.0)[2] is None
     assert torch.equal(codes.cpu(), rowwise.quantize_rows(x).codes)
     assert torch.equal(row_stats.cpu(), rowwise.quantize_rows(x).row_stats)
 
@@ -175,17 +155,13 @@ def test_a_list_in_every_replay(quantize) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _, _, listed = quantize.quantize_and_list(x, 6.0)
-        _, _, bits = quantize.quantize_and_mark(x, 6.0, lead=True)
-        marked = bits.clone()
-        bits.zero_()
+        _, _, listed = quantize.quantize_and_list(x, 6.0, lead=True)
     for wanted in ([4095, 0, 31, 32], [], list(range(4096)), [77]):
         given = x.clone()
         x[len(wanted) % 700, wanted] = 50.0
         graph.replay()
         torch.cuda.synchronize()
         assert columns_of(listed) == sorted(wanted)
-        assert columns_of_bits(marked) == sorted(wanted)
         x.copy_(given)
     assert_counters_are_zero(torch.device("cuda"))
 

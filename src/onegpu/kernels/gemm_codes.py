@@ -63,11 +63,10 @@ class Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("bias", "row_stats", "residual", "y", "parts", "tickets")),
-        *((name, ctypes.c_void_p) for name in ("x_stats", "outlier_count", "outlier_columns", "outlier_bits")),
-        *((name, ctypes.c_void_p) for name in ("x", "codes")),
+        *((name, ctypes.c_void_p) for name in ("x_stats", "outlier_count", "outlier_columns", "x", "codes")),
         *((name, ctypes.c_longlong) for name in ("residual_stride", "y_stride", "x_stride", "code_stride")),
         *((name, ctypes.c_int) for name in ("M", "N", "K", "scale_shift", "whole", "splits", "tiles_each")),
-        *((name, ctypes.c_int) for name in ("in_order", "bias_kind", "vectors", "early", "words")),
+        *((name, ctypes.c_int) for name in ("in_order", "bias_kind", "vectors", "early")),
     )
 
 
@@ -81,9 +80,8 @@ class LeftOut:
         codes: int8 [N, K], of W.
         count, columns: int32 [1] and [K]: which columns, the first `count`.
         outlier_x: [M, CAPACITY] as x, those columns of x; after them zeros to a multiple of 64.
-        bits: int32, where the columns were found, which the kernel puts to 0.
 
-    The last four are None where nothing is left out.
+    The last three are None where nothing is left out.
     """
 
     x: Tensor
@@ -92,7 +90,6 @@ class LeftOut:
     count: Tensor | None = None
     columns: Tensor | None = None
     outlier_x: Tensor | None = None
-    bits: Tensor | None = None
 
     def fields(self) -> dict[str, int | None]:
         """Those of `Problem`."""
@@ -100,8 +97,6 @@ class LeftOut:
             "x_stats": self.x_stats.data_ptr(),
             "outlier_count": None if self.count is None else self.count.data_ptr(),
             "outlier_columns": None if self.columns is None else self.columns.data_ptr(),
-            "outlier_bits": None if self.bits is None else self.bits.data_ptr(),
-            "words": 0 if self.bits is None else self.bits.numel(),
             "x": self.x.data_ptr(),
             "codes": self.codes.data_ptr(),
             "x_stride": self.x.stride(0) * self.x.element_size(),

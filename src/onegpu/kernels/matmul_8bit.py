@@ -5,7 +5,7 @@
     clear_columns_kernel   code 0 in those columns
     int8_kernel            int8 products into int32, then a loop over the listed columns
 
-On Hopper `gemm_int8` does the last two, of columns that are bits instead of a list.
+On Hopper `gemm_int8` does the last two.
 
 Up to `weight_only_rows` rows of 16-bit x, reading W is what takes time and x stays as it is (`gemv_8bit`): at least as
 exact, outliers need no list, and a row's result does not depend on the others of its call. The threshold then has no
@@ -28,7 +28,7 @@ from onegpu.kernels.gemm_int8 import gemm_int8, why_not_int8
 from onegpu.kernels.gemv_8bit import linear_8bit_rows
 from onegpu.kernels.gemv_16bit import few_rows
 from onegpu.kernels.launch import NO_CONTRACTION, on_device_of
-from onegpu.kernels.quantize_rows import clear_columns, quantize_and_list, quantize_and_mark
+from onegpu.kernels.quantize_rows import clear_columns, quantize_and_list
 
 __all__ = ["linear_8bit", "weight_only_rows"]
 
@@ -146,8 +146,8 @@ def linear_8bit(x: Tensor, codes: Tensor, row_stats: Tensor, bias: Tensor | None
     bias = None if bias is None else bias.detach().contiguous()
     row_stats = row_stats.contiguous()
     if why_not_int8(rows, codes) is None:
-        x_codes, x_stats, bits = quantize_and_mark(rows, threshold, lead=True)
-        gemm_int8(y, rows, x_codes, x_stats, codes, row_stats, bias, bits)
+        x_codes, x_stats, listed = quantize_and_list(rows, threshold, lead=True)
+        gemm_int8(y, rows, x_codes, x_stats, codes, row_stats, bias, listed)
         return y.view(*x.shape[:-1], N)
     x_codes, x_stats, listed = quantize_and_list(rows, threshold)
     has_outliers = listed is not None

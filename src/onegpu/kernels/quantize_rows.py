@@ -1,14 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 """Rows to int8, with outlier columns left out, on the device: the definition is `onegpu.formats.rowwise.quantize_rows`.
 
-    quantize_rows_kernel   stats, and codes in which outlier elements are 0; columns with an outlier, as bits or a list
+    quantize_rows_kernel   stats, and codes in which outlier elements are 0; which columns have an outlier, as a list
     clear_columns_kernel   code 0 in the listed columns, for which every row must have been seen
 
 x is read once, but for rows beyond `WHOLE_ROW`, which do not fit in registers. A program keeps the columns in which it
-saw outliers as bits and adds them to those of the others before it stores its last codes. Where a list is wanted, the
-program that ends last makes it of the bits, which with the wait to learn which one that is takes a third of the time
-at few rows: `gemm_int8` reads the bits instead. They and the count of who has ended lie in `tickets`: 0 before and
-after, so that nothing has to be cleared first.
+saw outliers as bits and adds them to those of the others when it ends; the one that ends last lists them. Bits and the
+count of who has ended lie in `tickets`: 0 before and after, so that nothing has to be cleared first.
 
 Each step is the definition's, in float32 and in its order. Largest magnitudes are found on the bits of float32, whose
 order is that of the magnitudes, with NaN above infinity: NaN in a row makes its stat NaN.
@@ -30,7 +28,7 @@ from onegpu.kernels.overlap import overlaps
 from onegpu.kernels.quantize import MAGNITUDE_BITS, largest_of
 from onegpu.kernels.tickets import tickets
 
-__all__ = ["clear_columns", "count_bits", "load_flags", "quantize_8bit_rows", "quantize_and_list", "quantize_and_mark"]
+__all__ = ["clear_columns", "quantize_8bit_rows", "quantize_and_list"]
 
 # The longest row that fits in registers as a whole, and elements per step of a longer one.
 WHOLE_ROW: Final = 16384
@@ -96,21 +94,16 @@ def count_bits(word):
 
 
 @triton.jit
-def load_flags(counters_ptr, word, K):
-    """Words of bits, without those beyond K, which a threshold that is 0 in float16 makes outliers of."""
-    flags = tl.load(counters_ptr + word, mask=word < tl.cdiv(K, 32), other=0)
-    left = K - word * 32
-    return tl.where(left < 32, flags & ((1 << (left & 31)) - 1), flags)
-
-
-@triton.jit
 def list_columns(counters_ptr, columns_ptr, count_ptr, outlier_ptr, K, MARK: tl.constexpr, BLOCK: tl.constexpr):
     """Columns whose bits are 1, in order, and their number; the bits become 0. See `quantize_rows_kernel`."""
     words = tl.cdiv(K, 32)
     count = tl.zeros((1,), tl.int32)
     for start in range(0, words, BLOCK):
         word = start + tl.arange(0, BLOCK)
-        flags = load_flags(counters_ptr, word, K)
+        flags = tl.load(counters_ptr + word, mask=word < words, other=0)
+        # A threshold that is 0 in float16 makes outliers of what lies beyond K.
+        left = K - word * 32
+        flags = tl.where(left < 32, flags & ((1 << (left & 31)) - 1), flags)
         number = count_bits(flags)
         place = count + tl.cumsum(number, axis=0) - number
         if MARK:
@@ -135,15 +128,14 @@ def quantize_rows_kernel(
     stride_xm,
     row_stats_ptr,  # float32 [M]
     codes_ptr,  # int8 [M, K]
-    columns_ptr,  # int32 [K], the first `count` are written if LIST
-    count_ptr,  # int32 [1], if LIST
+    columns_ptr,  # int32 [K], the first `count` are written; these four are used if OUTLIERS
+    count_ptr,  # int32 [1]
     outlier_ptr,  # uint8 [K], 1 where a column has an outlier, written if MARK
-    counters_ptr,  # int32 [ceil(K / 32)], 0 before: a bit for each column; if LIST one more, of programs, and 0 after
+    counters_ptr,  # int32 [ceil(K / 32) + 1], 0 before and after: a bit for each column, then programs that have ended
     limit,  # least magnitude of an outlier; what saturates is one anyway
     M,
     K,
     OUTLIERS: tl.constexpr,
-    LIST: tl.constexpr,
     MARK: tl.constexpr,
     LEAD: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,9 +156,6 @@ def quantize_rows_kernel(
             if OUTLIERS:
                 is_outlier = tl.abs(a) >= limit
                 seen |= bits_of(is_outlier, BLOCK_K)
-                if m + tl.num_programs(0) >= M:
-                    # Programs meet in the same words: on their way while the codes of this row are computed.
-                    add_bits(counters_ptr, 0, words, seen, BLOCK_K)
                 a = tl.where(is_outlier, 0.0, a)
             stat = largest_of(a, 0).to(tl.float32, bitcast=True)
             store_codes(codes_row_ptr + k, a, stat, k < K)
@@ -186,7 +175,9 @@ def quantize_rows_kernel(
                     a = tl.where(tl.abs(a) >= limit, 0.0, a)
                 store_codes(codes_row_ptr + start + k, a, stat, k < K - start)
         tl.store(row_stats_ptr + row, stat)
-    if LIST:
+    if OUTLIERS:
+        if STEPS == 1:
+            add_bits(counters_ptr, 0, words, seen, BLOCK_K)
         # Every thread's bits must be there before the one that counts this program does so.
         tl.debug_barrier()
         if tl.atomic_add(counters_ptr + words, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
@@ -228,61 +219,37 @@ def quantize_8bit_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tenso
     x = x.detach() if x.stride(1) == 1 else x.detach().contiguous()
     is_marked = M > 0 and threshold > 0
     outlier_cols = (torch.empty if is_marked else torch.zeros)(K, dtype=torch.bool, device=x.device)
-    codes, row_stats, listed = quantize_and_list(x, threshold, outlier_cols)
+    codes, row_stats, listed = quantize(x, threshold, outlier_cols)
     if listed is not None:
         clear_columns(codes, *listed)
     return codes, row_stats, outlier_cols
 
 
 def quantize_and_list(
-    x: Tensor, threshold: float = 0.0, outlier_cols: Tensor | None = None
+    x: Tensor, threshold: float = 0.0, *, lead: bool = False
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Rows of x in int8 with code 0 for outlier elements, and the columns that these are in: one launch.
 
-    Codes of the other elements of those columns have still to become 0: `clear_columns`.
+    Codes of the other elements of those columns have still to become 0: `clear_columns`, or `gemm_int8`, which
+    does that on its way.
 
     Args:
         x: [M, K], elements of a row side by side.
         threshold: as in `onegpu.formats.rowwise.quantize_rows`.
-        outlier_cols: bool [K], which becomes True in those columns and False in the others; not written without a list.
+        lead: let the next kernel begin before this one has ended, where the device can; that one waits by itself, and
+            may read before that whatever this one does not write. This one begins when the kernel in front has ended.
 
     Returns:
         int8 [M, K]; float32 [M]; and, unless the threshold is 0 or x is empty, int32 [K] and int32 [1]: the columns,
         the first so many, in order.
     """
-    listed = None
-    if threshold > 0 and x.numel():
-        columns = torch.empty(x.shape[1], dtype=torch.int32, device=x.device)
-        listed = columns, torch.empty(1, dtype=torch.int32, device=x.device)
-    codes, row_stats, _ = quantize(x, threshold, listed, outlier_cols)
-    return codes, row_stats, listed
-
-
-def quantize_and_mark(x: Tensor, threshold: float = 0.0, *, lead: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `quantize_and_list`, with bits instead of a list: for `gemm_int8`, which clears codes of columns on its way.
-
-    Args:
-        x, threshold: as there.
-        lead: let the next kernel begin before this one has ended, where the device can; that one waits by itself, and
-            may read before that whatever this one does not write. This one begins when the kernel in front has ended.
-
-    Returns:
-        int8 [M, K]; float32 [M]; and, unless the threshold is 0 or x is empty, int32 [ceil(K / 32)]: a bit for each
-        column, the first one lowest; those beyond K mean nothing. Whoever takes them puts them back to 0, on the same
-        stream: others will count there.
-    """
     return quantize(x, threshold, lead=lead)
 
 
 def quantize(
-    x: Tensor,
-    threshold: float,
-    listed: tuple[Tensor, Tensor] | None = None,
-    outlier_cols: Tensor | None = None,
-    *,
-    lead: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes and scales; outlier columns are written into `listed` and `outlier_cols` if given, and returned if not."""
+    x: Tensor, threshold: float, outlier_cols: Tensor | None = None, *, lead: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """See `quantize_and_list`; with columns listed, writes `outlier_cols`, bool [K], too."""
     M, K = x.shape
     device = x.device
     codes = torch.empty(M, K, dtype=torch.int8, device=device)
@@ -290,12 +257,13 @@ def quantize(
         return codes, torch.zeros(M, dtype=torch.float32, device=device), None
     row_stats = torch.empty(M, dtype=torch.float32, device=device)
     settings: dict[str, Any] = row_settings(K)
-    programs, counters = M, None
+    programs, listed, counters = M, None, row_stats
     if threshold > 0:
         if settings["STEPS"] == 1:
-            # As many as run side by side, and each adds its bits once.
+            # As many as run side by side, and each counts once that it has ended.
             programs = min(M, processors(device) * (RESIDENT_WARPS // settings["num_warps"]))
-        counters = tickets(triton.cdiv(K, 32) + (listed is not None), device)
+        listed = torch.empty(K, dtype=torch.int32, device=device), torch.empty(1, dtype=torch.int32, device=device)
+        counters = tickets(triton.cdiv(K, 32) + 1, device)
     columns, count = listed or (row_stats, row_stats)
     with on_device_of(x):
         quantize_rows_kernel[(programs,)](
@@ -306,19 +274,18 @@ def quantize(
             columns,
             count,
             codes if outlier_cols is None else outlier_cols.view(torch.uint8),
-            row_stats if counters is None else counters,
+            counters,
             float16_threshold(threshold),
             M,
             K,
             OUTLIERS=threshold > 0,
-            LIST=listed is not None,
             MARK=outlier_cols is not None,
             LEAD=overlaps(device, lead),
             num_stages=1,
             **settings,
             **NO_CONTRACTION,
         )
-    return codes, row_stats, None if listed is not None else counters
+    return codes, row_stats, listed
 
 
 def clear_columns(codes: Tensor, columns: Tensor, count: Tensor) -> None:

@@ -95,7 +95,6 @@ struct Problem {
     int *tickets;           // [cut works], all 0 before and after
     const float *x_stats;   // X_BITS 8: [M], 127 times what codes of a row of x are multiplied by
     const int *outlier_count, *outlier_columns; // how many columns its codes leave out, and which, or null
-    int *outlier_bits;      // [words], where those columns were found: become 0
     const char *x;          // x in 16 bit, rows `x_stride` bytes apart
     const signed char *codes; // W's, rows `code_stride` bytes apart
     long long residual_stride, y_stride, x_stride, code_stride;
@@ -107,7 +106,6 @@ struct Problem {
     int bias_kind;          // 0 none, 1 float32, 2 bfloat16, 3 float16
     int vectors;            // rows of y and residual lie on 16 bytes
     int early;              // W may be read before the kernel in front has ended, of which x may be a result
-    int words;              // of `outlier_bits`
 };
 
 __device__ __forceinline__ u32 shared_address(const void *p) {
@@ -933,11 +931,6 @@ gemm_codes(const __grid_constant__ Map x, const __grid_constant__ Map w,
             });
         }
         if (BITS == 8 && threadIdx.x / 32 == 2) copy_sides(p, shared, works, token_blocks);
-        if (X_BITS == 8 && threadIdx.x / 32 == 3 && blockIdx.x == 0) {
-            // Kernels in front have read them.
-            wait_for_kernel_in_front();
-            for (int i = threadIdx.x % 32; i < p.words; i += 32) p.outlier_bits[i] = 0;
-        }
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
