@@ -332,7 +332,7 @@ def gemv_int8_kernel(
 ):
     WARPS_K: tl.constexpr = WARPS // WARPS_N
     SUMS: tl.constexpr = TILES * 4 * COLUMNS
-    BYTES: tl.constexpr = asm_4bit.sum_bytes(WARPS, WARPS_N, TILES, SUMS, ONE_ROW)
+    BYTES: tl.constexpr = asm_4bit.sum_bytes(WARPS, WARPS_N, TILES, SUMS, ONE_ROW, False)
     DTYPE: tl.constexpr = dtype_name(x_ptr.dtype.element_ty)
     thread = tl.arange(0, WARPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     lane = thread % 32

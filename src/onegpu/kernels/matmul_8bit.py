@@ -36,11 +36,9 @@ INVERSE_16129 = tl.constexpr(6.2000122852623463e-05)
 INVERSE_127_32 = tl.constexpr(INVERSE_127)
 # Outlier columns per step; twice as many would spill registers.
 OUTLIER_TILE = 16
-# Beyond, int8 tensor cores make up for the kernels that quantize x: later where `gemm_8bit` runs, of small weights and
-# of those whose rows are few and long.
+# Beyond, int8 tensor cores make up for the kernels that quantize x: later where `gemm_8bit` runs, and of small weights.
 WEIGHT_ONLY_ROWS = 32
-WEIGHT_ONLY_GEMM_ROWS = 64
-WEIGHT_ONLY_DEEP_ROWS = 128
+WEIGHT_ONLY_GEMM_ROWS = 192
 WEIGHT_ONLY_SMALL_ROWS = 256
 SMALL_WEIGHT = 2**24
 
@@ -127,10 +125,7 @@ def int8_kernel(
 def weight_only_rows(x: Tensor, codes: Tensor) -> int:
     """Up to how many rows x stays as it is in a product with these codes."""
     if why_not_gemm(x.device, x.dtype) is None and why_not_8bit(codes) is None:
-        N, K = codes.shape
-        if N * K <= SMALL_WEIGHT:
-            return WEIGHT_ONLY_SMALL_ROWS
-        return WEIGHT_ONLY_DEEP_ROWS if K >= 2 * N else WEIGHT_ONLY_GEMM_ROWS
+        return WEIGHT_ONLY_SMALL_ROWS if codes.numel() <= SMALL_WEIGHT else WEIGHT_ONLY_GEMM_ROWS
     return min(WEIGHT_ONLY_ROWS, few_rows(x.device, x.dtype))
 
 
