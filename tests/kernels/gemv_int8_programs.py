@@ -83,7 +83,7 @@ def measure(M: int, config: Config, arch: int, *, overlap: bool, **tail: Any) ->
     lines, registers, shared = disassemble(compiled.asm["cubin"])
     program = parse(compiled.asm["ptx"])
     sums = 4 * settings["COLUMNS"] * config.tiles
-    declared = asm_4bit.sum_bytes(config.warps, config.warps_n, config.tiles, sums, M == 1)
+    declared = asm_4bit.sum_bytes(config.warps, config.warps_n, config.tiles, sums, M == 1, False)
     return {
         "config": [config.warps, config.warps_n, config.tiles, config.unroll],
         "overlap": settings["OVERLAP"],
