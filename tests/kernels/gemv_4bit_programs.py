@@ -35,11 +35,13 @@ from onegpu.kernels.gemv_4bit import constants, gemv_4bit_kernel
 from onegpu.kernels.gemv_4bit_config import (
     ALONE,
     ALONE_NESTED,
-    ALONE_PLAIN,
+    GUARDED,
+    INSTEAD,
     OVERLAPPED,
     OVERLAPPED_NESTED,
     Config,
     configure,
+    instead,
 )
 from onegpu.kernels.launch import NO_CONTRACTION
 from onegpu.kernels.tail import apply_tail
@@ -187,13 +189,17 @@ def compile_all(architectures: list[str]) -> None:
     shipped |= {
         ("overlapped nested", *key): value for key, value in OVERLAPPED_NESTED.items() if OVERLAPPED[key] != value
     }
-    shipped |= {("alone plain", *key): value for key, value in ALONE_PLAIN.items()}
+    for (overlap, nested), table in INSTEAD.items():
+        kind = f"instead {'overlapped' if overlap else 'alone'} {'nested' if nested else 'plain'}"
+        shipped |= {(kind, *key): value for key, value in table.items()}
+    shipped |= {("guarded", *key): value for key, (_, value) in GUARDED.items()}
     shipped |= {("unshipped", *key): value for key, value in UNSHIPPED.items()}
     for arch in architectures:
         seen = set()
         for (kind, *name), config in shipped.items():
             shape = (name[0], config.warps, config.warps_n, config.tiles, config.unroll, config.ahead, config.twice)
             shape += (config.edges and int(arch) >= 90, config.shares, config.once)
+            shape += (int(arch) >= 90 and kind.startswith("instead") and kind.endswith("nested"),)
             if shape in seen:
                 continue
             seen.add(shape)
@@ -203,10 +209,10 @@ def compile_all(architectures: list[str]) -> None:
             if int(arch) >= 90 and config.edges:
                 forms += [(False, 1, False), (True, 3, False)]
             if kind.endswith("nested"):
-                overlaps = kind.startswith("overlapped") and int(arch) >= 90
+                overlaps = "overlapped" in kind and int(arch) >= 90
                 forms = [(True, 1, overlaps), (True, 3, overlaps)]
-            if kind == "alone plain":
-                forms = [(False, 1, False)]
+            elif kind.endswith("plain") or kind == "guarded":
+                forms = [(False, 1, "overlapped" in kind and int(arch) >= 90)]
             if config.once:
                 # With more steps it would be in a loop, for which it is not made.
                 forms = list(dict.fromkeys((nested, 1, overlap) for nested, _, overlap in forms))
@@ -221,20 +227,30 @@ def compile_all(architectures: list[str]) -> None:
 
 
 def compile_fitted(architectures: list[str]) -> None:
-    """Every form that some K up to 16384 takes at 8 and 16 rows where scales are plain and nothing overlaps."""
+    """Every form that some K up to 16384 takes at 8 and 16 rows where scales are plain and nothing overlaps; and all
+    that stand instead of others, with a residual as a decoder's products have."""
+    kinds = [(M, N, False, False) for M, N in itertools.product((8, 16), (4096, 28672))]
+    kinds += itertools.product((1, 8, 16), (1024, 4096, 6144, 8192), (False, True), (False, True))
     for arch in architectures:
         seen = {}
-        for M, N in itertools.product((8, 16), (4096, 28672)):
+        for M, N, overlap, nested in kinds:
+            shape = "wide" if N >= 16384 else "narrow" if N <= 4096 else "small"
             for K in range(64, 16384 + 1, 64):
-                config = configure(M, N, K, overlap=False)
-                form = (M, replace(config, per_sm=0, even=False), config.is_even_k(K), config.holds(K))
+                config = configure(M, N, K, overlap, nested=nested)
+                other = instead(M, "deep" if K >= 8192 and shape != "wide" else shape, N, K, overlap, nested)
+                if (overlap or nested or N not in (4096, 28672)) and other is None:
+                    continue
+                form = (M, overlap, nested, replace(config, per_sm=0, even=False), config.is_even_k(K))
+                form += (config.holds(K), other is not None, nested and 256 % (K // 64) == 0)
                 seen.setdefault(form, (config, K))
-        for (M, _, even, once), (config, K) in seen.items():
-            lines, registers, _ = disassemble(compile_kernel(config, M, K, int(arch), "bf16")[0].asm["cubin"])
+        for (M, overlap, nested, _, even, once, residual, by_row), (config, K) in seen.items():
+            choices = {"overlap": overlap, "nested": nested, "residual": residual}
+            compiled, _ = compile_kernel(config, M, K, int(arch), "bf16", **choices)
+            lines, registers, _ = disassemble(compiled.asm["cubin"])
             spilled = sum(line.startswith(("STL", "LDL")) for line in lines)
             emit(
-                {"case": f"{M=} {K=} {even=} {once=} {config}", "warps": config.warps, "registers": registers}
-                | {"spilled": spilled, "once": once}
+                {"case": f"{M=} {K=} {overlap=} {nested=} {even=} {once=} {by_row=} {config}", "rows": M}
+                | {"warps": config.warps, "registers": registers, "spilled": spilled, "once": once}
             )
 
 
@@ -303,6 +319,8 @@ def run_case(config: Config, M: int, N: int, K: int, dtype: str, **choices: Any)
     }
 
 
+PLAIN_ALONE, PLAIN_OVERLAPPED = INSTEAD[False, False], INSTEAD[True, False]
+NESTED_ALONE, NESTED_OVERLAPPED = INSTEAD[False, True], INSTEAD[True, True]
 # name: configuration, M, N, K, dtype, choices. Between them every branch of the kernel, and every tail.
 CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
     "one row": (Config(4, 1, 1, 4), 1, 48, 1024, "bf16", {}),
@@ -476,10 +494,44 @@ CASES: dict[str, tuple[Config, int, int, int, str, dict[str, Any]]] = {
         "bf16",
         {"residual": True, "bias": "fp32"},
     ),
-    "at once, sixteen rows, eight tiles along K": (ALONE_PLAIN[16, "narrow"], 16, 39, 4096, "bf16", {"bias": "bf16"}),
-    "at once, eight rows, scales of its own": (ALONE_PLAIN[8, "narrow"], 8, 41, 4096, "fp16", {"residual": True}),
-    "shared, edges, rounds of two": (ALONE_PLAIN[8, "wide"], 8, 100, 512, "bf16", {"grid": 1}),
-    "shared, edges, eight warps": (ALONE_PLAIN[8, "deep"], 8, 33, 6144, "bf16", {"grid": 1}),
+    "at once, sixteen rows, eight tiles along K": (PLAIN_ALONE[16, "narrow"], 16, 39, 4096, "bf16", {"bias": "bf16"}),
+    "at once, eight rows, scales of its own": (PLAIN_ALONE[8, "narrow"], 8, 41, 4096, "fp16", {"residual": True}),
+    "shared, edges, rounds of two": (PLAIN_ALONE[8, "wide"], 8, 100, 512, "bf16", {"grid": 1}),
+    "shared, edges, eight warps": (PLAIN_ALONE[8, "deep"], 8, 33, 6144, "bf16", {"grid": 1}),
+    "edges, shared, one tile along K": (PLAIN_ALONE[16, "deep"], 16, 45, 3072, "bf16", {"grid": 1, "residual": True}),
+    "shared, no edges": (PLAIN_ALONE[8, "large"], 8, 33, 1024, "fp16", {"grid": 1}),
+    "at once, all of x ahead": (PLAIN_ALONE[16, "short"], 15, 33, 4096, "bf16", {"residual": True, "bias": "bf16"}),
+    "at once, eight rows, guarded": (GUARDED[8, "narrow"][1], 8, 33, 3072, "bf16", {"residual": True}),
+    "at once, sixteen rows, guarded": (GUARDED[16, "narrow"][1], 16, 33, 3584, "bf16", {"bias": "fp32"}),
+    "at once, overlapping": (PLAIN_OVERLAPPED[16, "narrow"], 16, 33, 2048, "bf16", {"overlap": True}),
+    "edges alone may overlap": (PLAIN_OVERLAPPED[16, "small"], 16, 33, 1024, "bf16", {"overlap": True, "grid": 1}),
+    "one row, nested, 16 warps, edges": (NESTED_ALONE[1, "narrow"], 1, 33, 4096, "bf16", {"nested": True, "grid": 2}),
+    "one row, nested, x ahead in rounds": (NESTED_ALONE[1, "small"], 1, 101, 3072, "bf16", {"nested": True, "grid": 1}),
+    "nested, x ahead in rounds of two": (
+        NESTED_ALONE[8, "deep"],
+        8,
+        33,
+        9216,
+        "bf16",
+        {"nested": True, "grid": 2, "residual": True},
+    ),
+    "nested, sixteen rows, 16 warps": (NESTED_ALONE[16, "deep"], 16, 45, 9216, "bf16", {"nested": True, "grid": 1}),
+    "nested, at once, overlapping": (
+        NESTED_OVERLAPPED[8, "narrow"],
+        8,
+        45,
+        4096,
+        "bf16",
+        {"nested": True, "overlap": True, "residual": True},
+    ),
+    "nested, overlapping, eight warps": (
+        NESTED_OVERLAPPED[8, "deep"],
+        8,
+        33,
+        10240,
+        "bf16",
+        {"nested": True, "overlap": True, "residual": True, "grid": 2},
+    ),
     "at once, sixteen rows, guarded, blocks of 32": (
         Config(8, 1, 2, 4, ahead=False, shares=True, once=True),
         13,

@@ -298,6 +298,7 @@ def fill_table(warps: int, quant_type: str, dtype: str, bytes_for_sums: int, nes
     The 16 values are immediates, picked by byte permutes: an entry's two nibbles select bytes among the lower eight
     values and among the upper eight, and their top bits select between the two. A thread writes 16 bytes at a time,
     four copies; lanes that write different entries take different slots at a time, so eight lanes cover all banks.
+    The map is asked for in front of that and stored behind it: nobody waits for it with nothing to do.
     """
     threads = 32 * warps
     passes = max(1, 256 // threads)
@@ -306,14 +307,14 @@ def fill_table(warps: int, quant_type: str, dtype: str, bytes_for_sums: int, nes
     bits = 1 if shared_by == 2 else 0
     words = WORDS[quant_type, dtype]
     text = declare(bytes_for_sums, nested)
-    text += "{ .reg .b32 t,e,i,s,a,b,l,h,w,p,q,n,base; .reg .f32 f;\n"
+    text += "{ .reg .b32 t,e,i,s,a,b,l,h,w,p,q,n,base;\n"
     text += "mov.u32 t, %tid.x; mov.u32 base, onegpu_table;\n"
     if nested:
-        text += "{ .reg .pred m; .reg .b64 g; .reg .b32 d; "
+        text += "{ .reg .b64 g; "
         for k in range(passes):
-            text += f"add.u32 d, t, {k * threads}; setp.lt.u32 m, d, 256; mul.wide.u32 g, d, 4; add.u64 g, g, $1; "
-            text += f"@m ld.global.f32 f, [g]; mad.lo.u32 d, d, 4, base; @m st.shared.f32 [d + {TABLE_BYTES}], f;\n"
-        text += "}\n"
+            text += f".reg .pred m{k}; .reg .b32 d{k}; .reg .f32 f{k};\n"
+            text += f"add.u32 d{k}, t, {k * threads}; setp.lt.u32 m{k}, d{k}, 256; mul.wide.u32 g, d{k}, 4; "
+            text += f"add.u64 g, g, $1; @m{k} ld.global.f32 f{k}, [g]; mad.lo.u32 d{k}, d{k}, 4, base;\n"
     for k in range(passes):
         text += f"shr.u32 e, t, {bits}; add.u32 e, e, {k * threads};\n"
         text += "shr.u32 i, e, 4; and.b32 n, e, 15; shl.b32 n, n, 4; or.b32 i, i, n;\n"
@@ -329,6 +330,8 @@ def fill_table(warps: int, quant_type: str, dtype: str, bytes_for_sums: int, nes
         for j in range(slots):
             text += f"xor.b32 s, q, {j}; add.u32 s, s, n; shl.b32 s, s, 4; add.u32 s, s, p; "
             text += "st.shared.v4.b32 [s], {w,w,w,w};\n"
+    if nested:
+        text += "".join([f"@m{k} st.shared.f32 [d{k} + {TABLE_BYTES}], f{k};\n" for k in range(passes)]) + "}\n"
     return text + "bar.sync 0; and.b32 t, t, 31; shl.b32 t, t, 2; add.u32 $0, base, t; }"
 
 

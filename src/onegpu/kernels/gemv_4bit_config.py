@@ -6,7 +6,17 @@ from dataclasses import dataclass, replace
 
 from onegpu.kernels.overlap import OVERLAP_CAPABILITY
 
-__all__ = ["ALONE", "ALONE_NESTED", "ALONE_PLAIN", "MAX_ROWS", "OVERLAPPED", "OVERLAPPED_NESTED", "Config", "configure"]
+__all__ = [
+    "ALONE",
+    "ALONE_NESTED",
+    "GUARDED",
+    "INSTEAD",
+    "MAX_ROWS",
+    "OVERLAPPED",
+    "OVERLAPPED_NESTED",
+    "Config",
+    "configure",
+]
 
 MAX_ROWS = 32
 
@@ -90,34 +100,74 @@ ALONE = {
     (32, "wide"): Config(4, 2, 4, 1, ahead=False),
     (32, "deep"): Config(8, 1, 2, 1),
 }
-# Instead, for plain scales without a gate, where steps divide K: 6.48 to 5.73 and 8.19 to 7.04 us with no loop at 8 and
-# 16 rows of 4096 x 4096, whose 128 programs of two tiles have all of W on its way at once and read x half as often;
-# 16.63 to 16.01 us at 8 rows of 4096 x 14336, 25.57 to 25.18 at 28672 x 4096. At 6144 x 4096 programs without a loop
-# fill one and a half rounds and lose; at one row the loop is quicker.
-ALONE_PLAIN = {
-    (8, "narrow"): Config(16, 1, 2, 4, ahead=False, edges=True, once=True),
-    (8, "wide"): Config(4, 2, 2, 2, edges=True, twice=True, shares=True),
-    (8, "deep"): Config(8, 1, 1, 4, ahead=False, edges=True, shares=True),
-    (16, "narrow"): Config(8, 1, 2, 8, ahead=False, edges=True, shares=True, once=True),
-}
 # With OVERLAP two kernels share a processor for a while, so other choices win in a chain of a decoder's products;
 # measured in a whole layer: norm, qkv, attention, o + residual, norm, gated product, down + residual, 32 times.
 OVERLAPPED = ALONE | {
     (1, "narrow"): Config(16, 1, 1, 2),
     (1, "small"): Config(4, 1, 1, 4, ahead=False),
     (1, "deep"): Config(16, 1, 1, 2),
-    (8, "narrow"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
-    (8, "small"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
     (8, "wide"): Config(4, 1, 2, 2, ahead=False, per_sm=4, even=True),
     (8, "deep"): Config(16, 1, 1, 1),
     (32, "wide"): Config(4, 2, 4, 1, ahead=False, overlaps=False),
 }
-# With nested scales, a chain whose edges alone overlap: 1636 to 1552 us; one that overlaps more: 1450 to 1421 us.
+# With nested scales, a chain whose edges alone overlap: 1636 to 1552 us; one that overlaps more: 1450 to 1421 us. At 8
+# rows of 6144 x 4096 without edges 9.04 to 8.50 us, and 7.66 with the map of scales stored behind the table.
 ALONE_NESTED = ALONE | {
     (1, "narrow"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
     (1, "small"): Config(8, 1, 1, 2, ahead=False, edges=True, twice=True),
+    (8, "small"): Config(4, 1, 1, 4, ahead=False),
 }
-OVERLAPPED_NESTED = OVERLAPPED | {(1, "deep"): Config(16, 1, 1, 2, ahead=False)}
+OVERLAPPED_NESTED = OVERLAPPED | {
+    (1, "deep"): Config(16, 1, 1, 2, ahead=False),
+    (8, "narrow"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
+    (8, "small"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
+}
+# Instead, by `overlap` and whether scales are nested: without a gate, where steps divide K. `deep` stands for up to
+# 4096 rows of W here, `large` for more; `short` for up to 1024 rows of a `narrow` one.
+INSTEAD = {
+    # Alone, plain scales. One row of 4096 x 4096 5.46 to 5.05 us. Without a loop 4096 x 4096 at 8 and 16 rows 6.48 to
+    # 5.73 and 8.19 to 7.04 us, 2048 x 2048 3.84 to 2.77 and 4.90 to 3.27: 128 programs of two tiles have all of W on
+    # its way at once and read x half as often; 64 programs of one tile at 16 rows of 1024 x 4096, 4.91 to 3.82. At 6144
+    # x 4096 programs without a loop fill one and a half rounds and lose; at one row the loop is quicker. 4096 x 14336
+    # at 8 and 16 rows 16.63 to 16.01 and 19.51 to 18.63, both slower than others at 8192 x 8192, where it is 22.61 to
+    # 16.81 at 8 rows; 28672 x 4096 at 8 rows 25.57 to 25.18.
+    (False, False): {
+        (1, "narrow"): Config(16, 1, 1, 2, ahead=False, edges=True),
+        (8, "narrow"): Config(16, 1, 2, 4, ahead=False, edges=True, once=True),
+        (8, "wide"): Config(4, 2, 2, 2, edges=True, twice=True, shares=True),
+        (8, "deep"): Config(8, 1, 1, 4, ahead=False, edges=True, shares=True),
+        (8, "large"): Config(4, 1, 1, 4, ahead=False, shares=True),
+        (16, "short"): Config(16, 1, 1, 4, edges=True, shares=True, once=True),
+        (16, "narrow"): Config(8, 1, 2, 8, ahead=False, edges=True, shares=True, once=True),
+        (16, "deep"): Config(16, 1, 2, 1, ahead=False, edges=True, shares=True),
+    },
+    # A chain of a decoder's products: 1753 to 1679 us at 8 rows, where `narrow` and `small` overlap again too, and 2139
+    # to 1921 at 16.
+    (True, False): {
+        (8, "deep"): Config(8, 1, 1, 4, ahead=False, shares=True),
+        (16, "narrow"): Config(16, 1, 2, 4, ahead=False, shares=True, once=True),
+        (16, "small"): Config(8, 1, 2, 1, ahead=False, edges=True, overlaps=False, shares=True),
+    },
+    # Alone, nested scales: one row of 4096 x 4096 6.38 to 5.60 us, of 6144 x 4096 7.12 to 6.84; 4096 x 14336 at 8 and
+    # 16 rows 15.52 to 14.78 and 20.11 to 19.39.
+    (False, True): {
+        (1, "narrow"): Config(16, 1, 1, 2, ahead=False, edges=True),
+        (1, "small"): Config(8, 1, 1, 2, edges=True, twice=True),
+        (8, "deep"): Config(8, 1, 1, 2, edges=True, twice=True),
+        (16, "deep"): Config(16, 1, 2, 1, ahead=False, edges=True),
+    },
+    # The chain with nested scales: 1700 to 1639 us at 8 rows, 10 of it by `narrow`.
+    (True, True): {
+        (8, "narrow"): Config(8, 1, 2, 8, ahead=False, once=True),
+        (8, "deep"): Config(8, 1, 1, 4, ahead=False),
+    },
+}
+# Alone, plain scales: from which K on no loop pays even where its one step is longer than K. 5.48 to 5.23 us at 8 rows
+# of 3072 x 3072, 6.79 to 5.65 and 7.73 to 6.95 at 8 and 16 rows of 3584 x 3584; at 16 rows of 3072 x 3072 it is slower.
+GUARDED = {
+    (8, "narrow"): (3072, Config(16, 1, 2, 4, ahead=False, edges=True, once=True)),
+    (16, "narrow"): (3584, Config(16, 1, 2, 4, ahead=False, edges=True, shares=True, once=True)),
+}
 
 
 def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False, nested: bool = False) -> Config:
@@ -127,12 +177,9 @@ def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False, nested
     """
     rows = next(limit for limit in (1, 8, 16, 32) if limit >= M)
     shape = "wide" if N >= 16384 else "deep" if K >= 8192 else "narrow" if N <= 4096 else "small"
-    if not (overlap or gated or nested) and (rows, shape) in ALONE_PLAIN:
-        config = ALONE_PLAIN[rows, shape]
-        # For a shorter K a shorter step, if it still is all of K (not measured); in a loop, shorter ones were slower.
-        config = config.fitted(K) if config.once else config
-        if config.is_even_k(K) and (config.holds(K) or not config.once):
-            return config
+    config = None if gated else instead(rows, shape, N, K, overlap, nested)
+    if config is not None:
+        return config
     tables = (ALONE_NESTED, OVERLAPPED_NESTED) if nested else (ALONE, OVERLAPPED)
     config = tables[overlap][rows, shape]
     if gated and config.tiles % 2:
@@ -140,6 +187,27 @@ def configure(M: int, N: int, K: int, overlap: bool, gated: bool = False, nested
     if nested and config.tiles > 2:
         config = replace(config, tiles=2)
     return config.fitted(K)
+
+
+def instead(rows: int, shape: str, N: int, K: int, overlap: bool, nested: bool) -> Config | None:
+    """What `INSTEAD` and `GUARDED` have for a product without a gate."""
+    table = INSTEAD[overlap, nested]
+    finer = shape
+    if shape == "deep" and N > 4096:
+        finer = "large"
+    elif shape == "narrow" and N <= 1024 and (rows, "short") in table:
+        finer = "short"
+    config = table.get((rows, finer))
+    if config is not None:
+        # For a shorter K a shorter step, if it still is all of K; in a loop, shorter ones were slower.
+        config = config.fitted(K) if config.once else config
+        if config.is_even_k(K) and (config.holds(K) or not config.once):
+            return config
+    if not (overlap or nested) and (rows, shape) in GUARDED:
+        first, config = GUARDED[rows, shape]
+        if first <= K and config.holds(K):
+            return config
+    return None
 
 
 def ceil_div(a: int, b: int) -> int:
