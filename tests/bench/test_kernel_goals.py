@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from onegpu.bench.kernel_goals import FP4, INT8, NF4, goal_table, goals_of, roofline_goal, speed_goal
 
 
 def row(operator: str, M: int, us: float | None, shape: str = "gate_up", **more: Any) -> dict[str, Any]:
     found = {"shape": shape, "N": 28672, "K": 4096, "M": M, "operator": operator, "us": us}
-    return found | {"roofline_percent": 85.0, "times_bf16": 3.1} | more
+    return found | {"roofline_percent": 85.0, "times_bf16": us and 31.0 / us} | more
 
 
 def test_the_goals() -> None:
@@ -36,8 +38,17 @@ def test_held_against_the_best_of_the_same_width() -> None:
         row("gemlite int4", 16, 1.0),
     ]
     nf4, int8 = goals_of(rows)
-    assert (nf4["best_peer"], nf4["times_best_peer"], nf4["met"]) == ("tinygemm int4", 1.1, True)
-    assert (int8["best_peer"], int8["times_best_peer"], int8["met"]) == ("bitsandbytes int8, outliers", 0.75, False)
+    assert (nf4["best_peer"], nf4["times_best_peer"], nf4["met"]) == ("tinygemm int4", pytest.approx(1.1), True)
+    assert int8["best_peer"] == "bitsandbytes int8, outliers"
+    assert (int8["times_best_peer"], int8["met"]) == (pytest.approx(0.75), False)
+
+
+def test_held_against_another_by_rounds_that_both_had() -> None:
+    """Of medians, 10.0 and 9.9 us, the library's clock was another's."""
+    (found,) = goals_of([row(NF4, 8, 10.0, times_bf16=3.1), row("gemlite int4", 8, 9.9, times_bf16=2.9)])
+    assert found["times_best_peer"] == 3.1 / 2.9
+    (found,) = goals_of([row(NF4, 8, 10.0, times_bf16=None), row("gemlite int4", 8, 11.0, times_bf16=None)])
+    assert found["times_best_peer"] == 1.1
 
 
 def test_a_goal_that_is_missed() -> None:
