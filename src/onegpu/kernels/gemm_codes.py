@@ -48,6 +48,8 @@ BIAS_KINDS: Final = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16
 KINDS: Final = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.int8: "UINT8"}
 # From so many tokens on it is quicker to wait for parts of K than that all are written and the last one adds them up.
 WAITED_TOKENS: Final = 96
+# Of two parts the first has so many tiles less than half: its sums are on their way while the second multiplies.
+WAITED_TILES: Final = 2
 # Columns that codes of x leave out and that are multiplied as a tile; any more are multiplied one by one.
 CAPACITY: Final = 256
 
@@ -371,6 +373,9 @@ def multiply(
     works, room = -(-N // kind.shape.rows) * -(-M // kind.tokens), kind.blocks * processors(device)
     whole = works if splits == 1 else works // room * room
     cut = works - whole
+    in_order = cut * splits <= room and kind.tokens >= WAITED_TOKENS
+    if in_order and splits == 2 and steps >= 8 * WAITED_TILES:
+        tiles_each -= WAITED_TILES
     counters = tickets(cut, device) if cut else None
     size = cut * splits * kind.tokens * kind.shape.rows
     parts = torch.empty(size, dtype=torch.float32, device=device) if cut else None
@@ -393,7 +398,7 @@ def multiply(
         whole=whole,
         splits=splits,
         tiles_each=tiles_each,
-        in_order=int(cut * splits <= room and kind.tokens >= WAITED_TOKENS),
+        in_order=int(in_order),
         bias_kind=BIAS_KINDS[None if bias is None else bias.dtype],
         vectors=int(all(value % 16 == 0 for value in (*strides, *starts))),
         early=int(overlap),

@@ -101,7 +101,7 @@ struct Problem {
     int M, N, K;
     int scale_shift;        // log2(tiles of one scale)
     int whole;              // works that are not cut; the others are, into
-    int splits, tiles_each; // parts of so many tiles
+    int splits, tiles_each; // parts of so many tiles, the last one of what is left
     int in_order;           // all parts are worked on at a time
     int bias_kind;          // 0 none, 1 float32, 2 bfloat16, 3 float16
     int vectors;            // rows of y and residual lie on 16 bytes
@@ -358,7 +358,7 @@ struct Place {
         cut = is_whole ? -1 : (index - p.whole) / p.splits;
         split = is_whole ? 0 : index - p.whole - cut * p.splits;
         first_tile = split * p.tiles_each;
-        tiles = is_whole ? p.K / COLUMNS : min(p.tiles_each, p.K / COLUMNS - first_tile);
+        tiles = is_whole || split == p.splits - 1 ? p.K / COLUMNS - first_tile : p.tiles_each;
         int work = is_whole ? index : p.whole + cut;
         int each = TOKEN_BLOCKS * row_blocks(p), group = work / each;
         int first_block = group * TOKEN_BLOCKS, here = min(TOKEN_BLOCKS, token_blocks - first_block);
