@@ -590,7 +590,7 @@ __device__ __forceinline__ void finish(const Problem &p, const Map *y, const Pla
 // up all parts in their order, and none waits.
 __device__ __forceinline__ bool collect(const Problem &p, const Place &at, float (&sum)[TOKENS / 2], u32 last) {
     const int threads = CONSUMERS * WARPGROUP, quads = TOKENS / 8;
-    const int together = BLOCKS == 2 ? 4 : TOKENS > 224 || CONSUMERS == 3 ? 8 : 16;
+    const int together = BLOCKS == 2 ? (GATED ? 2 : 4) : TOKENS > 224 || CONSUMERS == 3 ? 8 : 16;
     int thread = threadIdx.x - WARPGROUP, ended;
     float4 *parts = p.parts + (long long)at.cut * p.splits * quads * threads + thread;
     float4 *mine = parts + at.split * quads * threads;
