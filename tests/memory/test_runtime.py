@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from onegpu.kernels.slices import SCRATCH
 from onegpu.memory.geometry import read_geometry
 from onegpu.memory.runtime import LIBRARY_BYTES, kv_bytes, loading_bytes, scratch_bytes, workspace_bytes
 from onegpu.memory.weights import Weight
@@ -197,7 +198,7 @@ def test_experts_of_unknown_structure_are_dequantized_a_layer_at_a_time() -> Non
 
 def test_a_slice_of_a_matrix_is_dequantized_at_once() -> None:
     weights = [Weight("a.weight", "matrix", 1 << 27, 1 << 13), Weight("b.weight", "matrix", 100, 10)]
-    assert scratch_bytes(weights, "nf4") == 2 * (1 << 25)
+    assert scratch_bytes(weights, "nf4") == 2 * (1 << 25) == 2 * SCRATCH, "what the kernels take"
     assert scratch_bytes(weights, "int8") == 0
     assert loading_bytes(weights, "int8") == 2 << 27
     assert loading_bytes(weights, "16bit") == 0

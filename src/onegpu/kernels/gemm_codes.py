@@ -135,7 +135,7 @@ class Kind:
         groups: scales of a row in 64 columns, 2 for blocks of 32.
         blocks: programs of a processor at a time.
         x_bits: of x: 16, or 8 where it is codes as well.
-        warpgroups: that multiply, 64 rows of W each: 2, or 3 where nothing is gated and x is in 16 bit.
+        warpgroups: that multiply, 64 rows of W each: 2, or 3 where nothing is gated.
     """
 
     tokens: int
@@ -159,6 +159,7 @@ class Kind:
 def source(kind: Kind) -> nvrtc.Source:
     """The source for a kind of product."""
     is_bfloat = kind.dtype == torch.bfloat16
+    # Beside sums of int8 products, three warpgroups have registers for fewer tokens of the outliers' at a time.
     wide = kind.tokens if kind.x_bits == 16 else 32 if kind.warpgroups == 2 else 16
     macros: nvrtc.Macros = (
         ("BITS", kind.bits),

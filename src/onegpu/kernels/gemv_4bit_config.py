@@ -122,7 +122,8 @@ OVERLAPPED_NESTED = OVERLAPPED | {
     (8, "narrow"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
     (8, "small"): Config(4, 1, 1, 4, ahead=False, overlaps=False),
 }
-# Instead, by `overlap` and whether scales are nested: without a gate, where steps divide K. `deep` stands for up to
+# Instead, by `overlap` and whether scales are nested: without a gate, where steps divide K. Times are those of scripts
+# that were not kept, as docs/experiments.md has them ("Decoding between products"). `deep` stands for up to
 # 4096 rows of W here, `large` for more; `short` for up to 1024 rows of a `narrow` one.
 INSTEAD = {
     # Alone, plain scales. One row of 4096 x 4096 5.46 to 5.05 us. Without a loop 4096 x 4096 at 8 and 16 rows 6.48 to

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from onegpu.kernels import asm_4bit as asm
-from onegpu.kernels.lanes import dtype_name, load_element, same, slice_of, store_element
+from onegpu.kernels.lanes import dtype_name, load_element, same, store_element, sums_of_warps
 from onegpu.kernels.tail_device import activate
 
 __all__ = ["finish_once", "finish_one_row", "finish_rows"]
@@ -86,8 +86,6 @@ def finish_rows(
     """The sums of the warps that share rows of W, in the layout of the tensor core."""
     DTYPE: tl.constexpr = dtype_name(y_ptr.dtype.element_ty)
     SUMS: tl.constexpr = 4 * COLUMNS
-    TOTAL: tl.constexpr = TILES * SUMS
-    CHUNK: tl.constexpr = asm.chunk(WARPS, TOTAL)
     PER: tl.constexpr = 2 if GATED else 1
     rows = N // 2 if GATED else N
     biases = ()
@@ -102,19 +100,7 @@ def finish_rows(
                 biases = biases + (load_element(bias_ptr + second * rows + row, wanted),)  # noqa: RUF005
         if HAS_RESIDUAL and COLUMNS == 1:
             residuals = residuals + load_residuals(residual_ptr, lane, warp_k, first_row, 0, M, rows)
-    values = ()
-    for first in tl.static_range(0, TOTAL, CHUNK):
-        part = slice_of(sums, first, CHUNK)
-        if WARPS > WARPS_N:
-            part = tl.inline_asm_elementwise(
-                asm.sum_rows(WARPS, WARPS_N, CHUNK),
-                asm.outputs("f", CHUNK) + ",f" * CHUNK,
-                part,
-                dtype=same(tl.float32, CHUNK),
-                is_pure=False,
-                pack=1,
-            )
-        values = values + part
+    values = sums_of_warps(sums, TILES * SUMS, WARPS, WARPS_N)
     for t in tl.static_range(TILES // PER):
         for i in tl.static_range(SUMS):
             tile = (group * WARPS_N + warp_n) * (TILES // PER) + t

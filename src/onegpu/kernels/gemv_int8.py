@@ -34,7 +34,7 @@ from onegpu.kernels import asm_4bit, asm_int8
 from onegpu.kernels.gemv_4bit import why_not_gemv
 from onegpu.kernels.gemv_4bit_config import Config
 from onegpu.kernels.gemv_int8_config import configure, is_even_k
-from onegpu.kernels.lanes import dtype_name, load_element, same, slice_of, store_element, zeros
+from onegpu.kernels.lanes import dtype_name, load_element, same, slice_of, store_element, sums_of_warps, zeros
 from onegpu.kernels.launch import NO_CONTRACTION, capability, on_device_of, processors
 from onegpu.kernels.overlap import ask_for
 from onegpu.kernels.tail_device import activate
@@ -250,8 +250,6 @@ def finish_rows(
     """The sums of the warps that share rows of W, in the layout of the tensor core."""
     DTYPE: tl.constexpr = dtype_name(y_ptr.dtype.element_ty)
     SUMS: tl.constexpr = 4 * COLUMNS
-    TOTAL: tl.constexpr = TILES * SUMS
-    CHUNK: tl.constexpr = asm_4bit.chunk(WARPS, TOTAL)
     PER: tl.constexpr = 2 if GATED else 1
     residuals = ()
     biases = ()
@@ -267,19 +265,7 @@ def finish_rows(
             wanted = (warp_k == 0) & (m < M) & (n + i // 2 % 2 * 8 < N_OUT)
             at = m.to(tl.int64) * stride_rm + n + i // 2 % 2 * 8
             residuals = residuals + (load_element(residual_ptr + at, wanted),)  # noqa: RUF005
-    values = ()
-    for first in tl.static_range(0, TOTAL, CHUNK):
-        part = slice_of(sums, first, CHUNK)
-        if WARPS > WARPS_N:
-            part = tl.inline_asm_elementwise(
-                asm_4bit.sum_rows(WARPS, WARPS_N, CHUNK),
-                asm_4bit.outputs("f", CHUNK) + ",f" * CHUNK,
-                part,
-                dtype=same(tl.float32, CHUNK),
-                is_pure=False,
-                pack=1,
-            )
-        values = values + part
+    values = sums_of_warps(sums, TILES * SUMS, WARPS, WARPS_N)
     for t in tl.static_range(0, TILES, PER):
         n = first_row(group, warp_n, t, WARPS_N, TILES, GATED) + lane // 4
         for i in tl.static_range(SUMS):

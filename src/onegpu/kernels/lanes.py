@@ -13,7 +13,7 @@ import triton.language as tl
 
 from onegpu.kernels import asm_4bit as asm
 
-__all__ = ["dtype_name", "load_element", "same", "slice_of", "store_element", "zeros"]
+__all__ = ["dtype_name", "load_element", "same", "slice_of", "store_element", "sums_of_warps", "zeros"]
 
 
 @triton.constexpr_function
@@ -44,6 +44,26 @@ def slice_of(values, first: tl.constexpr, count: tl.constexpr):
     for i in tl.static_range(count):
         out = out + (values[first + i],)  # noqa: RUF005
     return out
+
+
+@triton.jit
+def sums_of_warps(sums, TOTAL: tl.constexpr, WARPS: tl.constexpr, WARPS_N: tl.constexpr):
+    """`TOTAL` sums of each thread, added up over the warps that share rows of W: in the first of them."""
+    CHUNK: tl.constexpr = asm.chunk(WARPS, TOTAL)
+    values = ()
+    for first in tl.static_range(0, TOTAL, CHUNK):
+        part = slice_of(sums, first, CHUNK)
+        if WARPS > WARPS_N:
+            part = tl.inline_asm_elementwise(
+                asm.sum_rows(WARPS, WARPS_N, CHUNK),
+                asm.outputs("f", CHUNK) + ",f" * CHUNK,
+                part,
+                dtype=same(tl.float32, CHUNK),
+                is_pure=False,
+                pack=1,
+            )
+        values = values + part
+    return values
 
 
 @triton.jit

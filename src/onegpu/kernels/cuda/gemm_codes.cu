@@ -14,8 +14,9 @@
 //   GATED      the first half of W's rows gates the second
 //   ACTIVATION 0 none, 1 silu, 2 gelu, 3 gelu_tanh, 4 relu
 //   BFLOAT     1 for bfloat16, 0 for float16
-//   PRODUCT    the PTX of one wgmma of 16-bit floats of WIDE tokens, SUMS its sums as operands: TOKENS, fewer where X_BITS is 8
-//   X_PRODUCT  the same of int8 on both sides, of TOKENS, X_SUMS
+//   WIDE       tokens of one wgmma of 16-bit floats: TOKENS, or fewer where X_BITS is 8
+//   PRODUCT    its PTX, SUMS its sums as operands
+//   X_PRODUCT  the same of int8 on both sides and of TOKENS, X_SUMS
 //
 // A work is 128 or 192 rows of W and TOKENS rows of x. Programs take works in turn; those that would leave processors
 // idle in the end are cut along K, and the program that ends last adds up their parts. Rows of W are the left operand,
